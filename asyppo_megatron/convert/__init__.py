@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints and Megatron models: one mapping, exact both ways."""

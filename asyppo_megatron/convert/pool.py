@@ -1,0 +1,111 @@
+"""Work split over forked processes by bytes, with progress; an error in one ends all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from asyppo_megatron.convert.progress import Progress
+
+T = TypeVar("T")
+_POLL_S = 0.2
+
+
+def split(sizes: Sequence[int], parts: int) -> list[range]:
+    """Consecutive ranges of items with about the same bytes each; fewer than `parts` when there are fewer items."""
+    total, ranges, first, done = sum(sizes), [], 0, 0
+    for i, size in enumerate(sizes):
+        done += size
+        if done * parts >= total * (len(ranges) + 1) or i == len(sizes) - 1:
+            ranges.append(range(first, i + 1))
+            first = i + 1
+    return ranges
+
+
+def default_processes() -> int:
+    """Enough to keep a disk busy; more would cost memory, since each holds a tensor."""
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
+def run_split(
+    work: Callable[[int, range, Callable[[int], None]], T],
+    sizes: Sequence[int],
+    *,
+    processes: int,
+    progress: Progress,
+) -> list[T]:
+    """Run `work(index, items, report)` in forked processes; `report(bytes)` after each item.
+
+    Returns:
+        What each returned, in order of items.
+
+    Raises:
+        ValueError, OSError: as the first process that failed raised it; the others are ended.
+    """
+    context = multiprocessing.get_context("fork")
+    running: dict[Connection, tuple[int, Any]] = {}
+    results: dict[int, T] = {}
+    done = 0
+    try:
+        for index, items in enumerate(split(sizes, processes)):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(work, index, items, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running[ours] = (index, process)
+        while running:
+            for pipe in wait(list(running), _POLL_S):
+                index, process = running[pipe]  # type: ignore[index]
+                for kind, value in _messages(pipe, process):
+                    if kind == "bytes":
+                        done += value
+                    elif kind == "error":
+                        raise value
+                    else:
+                        results[index] = value
+                        del running[pipe]  # type: ignore[arg-type]
+            progress.show(done)
+    finally:
+        for _, process in running.values():
+            process.kill()
+        for _, process in running.values():
+            process.join()
+    progress.close(done)
+    return [results[i] for i in sorted(results)]
+
+
+def _messages(pipe: Any, process: Any) -> Iterator[tuple[str, Any]]:
+    """Everything a process has said so far; its silent death is an error too."""
+    try:
+        while True:
+            message = pipe.recv()
+            yield message
+            if message[0] != "bytes" or not pipe.poll():
+                return
+    except EOFError:
+        process.join()
+        code = process.exitcode
+        why = f"was killed by signal {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
+        yield "error", OSError(f"a converter process {why}; if memory ran out, use fewer --processes")
+
+
+def _child(work: Callable[..., Any], index: int, items: range, pipe: Any) -> None:
+    parent = os.getppid()
+
+    def report(count: int) -> None:
+        if os.getppid() != parent:
+            os._exit(1)  # the parent was killed: nobody will finish this
+        pipe.send(("bytes", count))
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        pipe.send(("result", work(index, items, report)))
+    except (ValueError, OSError) as e:
+        pipe.send(("error", e))
+    finally:
+        pipe.close()

@@ -1,0 +1,156 @@
+"""Causal attention over packed sequences with torch alone: the core attention of the local layer spec.
+
+Where Transformer Engine is present its attention is used instead (`models/gpt.py`). On a GPU in bf16 torch's
+variable-length flash attention reads the pack as it is. On a CPU, and in fp32, sequences are scattered into a
+dense [n, longest] block for `scaled_dot_product_attention` (11 ms where a loop over sequences takes 39 and
+a block mask 483, forward and backward, for 5k tokens); the index for that is made once a pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+
+from .rope import inverse_frequencies, rotate
+
+
+@dataclass
+class PackGeometry:
+    """What attention derives from a pack's `cu_seqlens`; made once a pack, shared by all layers.
+
+    Attributes:
+        positions: i64 [t], position of each token in its sequence.
+        slots: i64 [t], place of each token in the dense [n * longest] block.
+        shape: (n, longest).
+        rotary: cos and sin [t, 1, d] by dtype, filled on first use.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    shape: tuple[int, int]
+    rotary: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+def packed_seq_params(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) -> PackedSeqParams:
+    """Megatron's description of a pack, with our geometry attached.
+
+    Args:
+        cu_seqlens: i32 [n + 1], on the compute device, dummy sequences included.
+        num_tokens: t, known on the host.
+        max_seqlen: longest sequence, known on the host.
+    """
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+    n = cu_seqlens.numel() - 1
+    starts = cu_seqlens[:-1].long()
+    sequence = torch.repeat_interleave(
+        torch.arange(n, device=cu_seqlens.device), cu_seqlens[1:].long() - starts, output_size=num_tokens
+    )
+    positions = torch.arange(num_tokens, device=cu_seqlens.device) - starts[sequence]
+    params.geometry = PackGeometry(positions, sequence * max_seqlen + positions, (n, max_seqlen))
+    return params
+
+
+class PackedAttention(MegatronModule):
+    """Core attention for packed sequences; rotates queries and keys itself.
+
+    Megatron's own rotary embedding of packed sequences loops over them on the host in every layer; here cos and
+    sin are looked up by position, once a pack.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ):
+        super().__init__(config)
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.tp_group = pg_collection.tp  # read by sharded_state_dict
+        inv = inverse_frequencies(config.kv_channels, config.asyppo_rope_theta, config.asyppo_rope_scaling)
+        self.register_buffer("inv_freq", inv.to(torch.cuda.current_device()), persistent=False)
+
+    def _rotary(self, geometry: PackGeometry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        if dtype not in geometry.rotary:
+            # Angles in fp32 whatever the model's dtype: position 8000 has no exact bf16.
+            angles = torch.outer(geometry.positions.float(), self.inv_freq.float())
+            angles = torch.cat((angles, angles), -1).unsqueeze(1)
+            geometry.rotary[dtype] = (angles.cos().to(dtype), angles.sin().to(dtype))
+        return geometry.rotary[dtype]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
+        if packed_seq_params is None:
+            raise ValueError("attention: got no packed_seq_params, need a pack; every pass of a role is packed")
+        geometry: PackGeometry = packed_seq_params.geometry
+        cos, sin = self._rotary(geometry, query.dtype)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            return self._varlen(query, key, value, packed_seq_params)
+        return self._dense(query, key, value, geometry)
+
+    def _varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: PackedSeqParams
+    ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeat = query.size(1) // key.size(1)
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            params.cu_seqlens_q,
+            params.cu_seqlens_kv,
+            params.max_seqlen_q,
+            params.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(-1, 0),
+        )
+        return out.flatten(1)
+
+    def _dense(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, geometry: PackGeometry
+    ) -> torch.Tensor:
+        n, longest = geometry.shape
+
+        def dense(x: torch.Tensor) -> torch.Tensor:
+            block = x.new_zeros(n * longest, *x.shape[1:]).index_copy(0, geometry.slots, x)
+            return block.view(n, longest, *x.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            dense(query),
+            dense(key),
+            dense(value),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return out.transpose(1, 2).reshape(n * longest, -1).index_select(0, geometry.slots)

@@ -1,0 +1,130 @@
+"""Megatron-Core GPT models from a `ModelSpec`; the only import of GPTModel."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from asyppo_megatron.backend import has_transformer_engine
+from asyppo_megatron.config import LayoutConfig
+from asyppo_megatron.models.attention import PackedAttention
+from asyppo_megatron.models.rope import inverse_frequencies
+from asyppo_megatron.models.spec import ModelSpec
+from asyppo_megatron.models.value_head import ValueHead
+from asyppo_megatron.parallel.process_groups import RoleGroups
+
+logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a deprecation notice of GPTModel, once a model
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that Megatron's sequence parallelism accepts (its own torch norm refuses it)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # summed over tp
+
+
+def transformer_config(
+    spec: ModelSpec, layout: LayoutConfig, *, precision: str, recompute: str, finalize: Any = None
+) -> TransformerConfig:
+    """Megatron's configuration of a model; all fusions that need a GPU library follow from what is installed."""
+    te = has_transformer_engine()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    config = TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_norm_eps,
+        qk_layernorm=spec.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sp,
+        calculate_per_token_loss=True,  # losses arrive divided by the global count: Megatron must not rescale them
+        finalize_model_grads_func=finalize,
+        deallocate_pipeline_outputs=True,
+        perform_initialization=False,  # every weight comes from a checkpoint
+        bias_dropout_fusion=te,
+        bias_activation_fusion=te,
+        apply_rope_fusion=te,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **_recompute(recompute),
+    )
+    config.asyppo_rope_theta, config.asyppo_rope_scaling = spec.rope_theta, spec.rope_scaling
+    return config
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if mode == "selective" else {}
+
+
+def _layer_specs(config: TransformerConfig, spec: ModelSpec, pp_rank: int) -> Any:
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TorchRMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if spec.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
+    count = get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchRMSNorm)
+
+
+def build_model(
+    spec: ModelSpec, config: TransformerConfig, groups: RoleGroups, *, value_head: bool, trainable: bool = True
+) -> GPTModel:
+    """This rank's part of a model, weights uninitialised (norms are ones).
+
+    Args:
+        value_head: replace the language head by a scalar head (a critic).
+        trainable: False for a frozen model: no gradients are kept.
+    """
+    te = has_transformer_engine()
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_specs(config, spec, groups.at.pp),
+        vocab_size=spec.padded_vocab(groups.layout.tp),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        share_embeddings_and_output_weights=spec.tied and not value_head,
+        # The local attention rotates by itself; Transformer Engine's fused rotation needs Megatron's table.
+        position_embedding_type="rope" if te else "none",
+        rotary_base=int(spec.rope_theta),
+        pg_collection=groups.collection,
+    )
+    if te:
+        table = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+        model.rotary_pos_emb.inv_freq = table.to(model.rotary_pos_emb.inv_freq.device)
+    if value_head and groups.is_last_stage:
+        model.output_layer = ValueHead(config, groups.collection.tp)
+    if not trainable:
+        model.requires_grad_(False)
+    return model

@@ -1,0 +1,1 @@
+"""Which rank does what: layouts, process groups, the exchange between roles, seeds."""

@@ -1,0 +1,1 @@
+"""The maths of AsyPPO and its family: masks, advantages, losses and targets, on torch and `types` alone."""

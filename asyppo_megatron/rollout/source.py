@@ -1,0 +1,89 @@
+"""Where a rank's batches come from: the driver's journal, announced through the run's store."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from asyppo_megatron.parallel.exchange import broadcast_batch
+from asyppo_megatron.rollout import journal
+from asyppo_megatron.rollout.client import DriverHandle, RolloutError
+from asyppo_megatron.types import PackedBatch
+
+_POLL_S = 5.0
+
+
+class DriverSource:
+    """One rank's view of the rollouts; only rank 0 talks to the driver.
+
+    While rollouts are generated no rank waits inside a collective of the device: rank 0 asks the driver, the
+    others sleep on a key of the store, each under its own deadline.
+
+    Args:
+        handle: the driver on rank 0, None elsewhere.
+        store: key-value store of the run.
+        timeout_s: longest wait for one batch.
+    """
+
+    def __init__(
+        self, handle: DriverHandle | None, run_dir: Path, store: dist.Store, device: torch.device, timeout_s: float
+    ):
+        self._handle, self._run_dir, self._store = handle, run_dir, store
+        self._device, self._timeout_s = device, timeout_s
+        self.manifest: dict[str, Any] = {}  # of the last batch, on rank 0
+
+    def restore(self, rollout_state: dict[str, Any]) -> None:
+        if self._handle is not None:
+            self._handle.client.restore(rollout_state)
+
+    def load_weights(self, directory: Path, policy_version: int) -> None:
+        """Have the engine take a complete version directory."""
+        if self._handle is not None:
+            self._handle.client.load_weights(directory, policy_version)
+
+    def start(self, step: int, policy_version: int) -> None:
+        """Begin the rollouts of a step; returns at once."""
+        if self._handle is not None:
+            self._handle.client.start(step, policy_version)
+
+    def next_batch(self, step: int) -> PackedBatch:
+        """The step's batch, on every rank. A collective of the world once the rollouts are there.
+
+        Raises:
+            RolloutError: generation failed, the driver died, or the deadline passed.
+        """
+        key = f"batch/{step}"
+        if self._handle is None:
+            self._store.wait([key], timedelta(seconds=self._timeout_s))
+            return broadcast_batch(None, None, self._device)
+        waited = 0.0
+        while not self._handle.client.wait(step, _POLL_S):
+            waited += _POLL_S
+            if waited >= self._timeout_s:
+                raise RolloutError(
+                    f"rollouts of step {step}: got nothing for {waited:.0f} s (rollout.timeout_s "
+                    f"{self._timeout_s:.0f}); see the driver's log, raise the limit if generation is merely slow"
+                )
+        arrays, self.manifest = journal.load_step(self._run_dir, step)
+        version = int(arrays["versions"].min()) if arrays["versions"].size else self.manifest["policy_version"]
+        self._store.set(key, "ready")
+        self._store.delete_key(f"batch/{step - 2}")  # everyone has passed it
+        header = (step, version, arrays["tokens"].size, arrays["rewards"].size)
+        return broadcast_batch(arrays, header, self._device)
+
+    def evaluate(self, step: int) -> list[dict[str, Any]]:
+        """Evaluation results of the weights that the engine holds; empty on ranks other than 0."""
+        return self._handle.client.evaluate(step) if self._handle is not None else []
+
+    def prune(self, before_step: int) -> None:
+        """Drop journalled steps that no checkpoint can need any more."""
+        if self._handle is not None:
+            journal.prune(self._run_dir, before_step)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()

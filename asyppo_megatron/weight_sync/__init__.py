@@ -1,0 +1,1 @@
+"""How a trained actor's weights reach the rollout engines."""

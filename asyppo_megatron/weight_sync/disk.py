@@ -1,0 +1,113 @@
+"""Weights to engines through a directory that they can read: the transport that works everywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from asyppo_megatron.convert.atomic import atomic_directory, partial_path
+from asyppo_megatron.convert.export import hf_stream, stage_tensors
+from asyppo_megatron.convert.stages import together, write_stage
+from asyppo_megatron.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from asyppo_megatron.parallel.process_groups import RoleGroups
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "weights.json"
+SHARED_MEMORY = Path("/dev/shm")
+_ROOM = 2.5  # the new version is written while the last one still lies there, and something must be left
+_VERSION = re.compile(r"v\d{8}")
+
+
+def choose_directory(config_dir: Path | None, run_dir: Path, bytes_needed: int) -> Path:
+    """Where to push weights: the configured directory, else shared memory with room, else the run directory.
+
+    A directory in shared memory is new and readable by this user only; whoever chose it removes it at the end.
+    Called on one rank; the others are told.
+
+    Args:
+        bytes_needed: size of one version of the weights.
+    """
+    if config_dir is not None:
+        config_dir.mkdir(parents=True, exist_ok=True)
+        return config_dir
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free >= _ROOM * bytes_needed:
+            return Path(tempfile.mkdtemp(prefix="asyppo-weights-", dir=SHARED_MEMORY))
+        log.info("weight sync: %s has %d bytes free, %d needed; using %s", SHARED_MEMORY, free, bytes_needed, run_dir)
+    directory = run_dir / "weights"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def version_directory(directory: Path, policy_version: int) -> Path:
+    return directory / f"v{policy_version:08d}"
+
+
+def push_to_directory(
+    model: nn.Module,
+    spec: ModelSpec,
+    directory: Path,
+    policy_version: int,
+    groups: RoleGroups,
+    *,
+    dtype: torch.dtype | None = None,
+    bucket_bytes: int = 256 << 20,
+) -> Path:
+    """Write one version of the actor's weights as safetensors files, one a pipeline stage, and drop the others.
+
+    Collective over `groups.role`: every rank calls it; tp rank 0 of each stage of the first dp index writes. The
+    version's directory appears when all files and its manifest are there.
+
+    Returns:
+        The version's directory.
+
+    Raises:
+        OSError: the disk is full (on every rank; nothing half-written is left, the last version stays).
+    """
+    at, group = groups.at, groups.role
+    device = next(model.parameters()).device
+    leads = at.tp == at.pp == at.dp == at.cp == 0
+    target = version_directory(directory, policy_version)
+    partial = partial_path(target)
+
+    def write() -> None:
+        if at.dp or at.cp:
+            return
+        stream = hf_stream(model, spec, tp_group=groups.collection.tp, dtype=dtype, bucket_bytes=bucket_bytes)
+        plan = stage_tensors(model, spec, "actor", dtype) if at.tp == 0 else {}
+        write_stage(stream, plan, partial, f"stage-{at.pp:05d}", max_file_bytes=sys.maxsize, sync=False)
+
+    def finish() -> None:
+        if leads:
+            files = sorted(f.name for f in partial.glob("*.safetensors"))
+            (partial / MANIFEST).write_text(json.dumps({"policy_version": policy_version, "files": files}))
+            pending.close()
+            _remove_others(target)
+
+    with ExitStack() as pending:
+        together(group, device, lambda: pending.enter_context(atomic_directory(target, force=True)) if leads else 0)
+        together(group, device, write)
+        together(group, device, finish)
+    return target
+
+
+def _remove_others(target: Path) -> None:
+    """Remove other versions, and what killed pushes left behind."""
+    for item in target.parent.iterdir():
+        name = item.name.removeprefix(".").removesuffix(".partial").removesuffix(".old")
+        if item != target and _VERSION.fullmatch(name):
+            shutil.rmtree(item)
