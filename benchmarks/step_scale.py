@@ -142,7 +142,7 @@ def run_rank(rank: int, store: str, responses: int, repeats: int, results: multi
         if any(int(other) != total for other in everyone):
             raise RuntimeError(f"targets differ over ranks: checksums {[int(x) for x in everyone]}")
         watches.append((watch.wall, watch.cpu))
-    results.put((rank, watches, peak_memory_gib()))
+    results.put((watches, peak_memory_gib(), batch.num_tokens if batch else 0))
     dist.destroy_process_group()
 
 
@@ -152,7 +152,7 @@ def measure(responses: int, repeats: int) -> dict:
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         args = (f"{folder}/store", responses, repeats, results)
-        processes = [context.Process(target=run_rank, args=(rank, *args)) for rank in range(WORLD)]
+        processes = [context.Process(target=run_rank, args=(rank, *args), daemon=True) for rank in range(WORLD)]
         for process in processes:
             process.start()
         ranks = []
@@ -166,27 +166,21 @@ def measure(responses: int, repeats: int) -> dict:
             process.join()
 
     def slowest(kind: int, phase: str) -> float:
-        return median(max(watches[r][kind][phase] for _, watches, _ in ranks) for r in range(repeats))
+        return median(max(watches[r][kind][phase] for watches, *_ in ranks) for r in range(repeats))
 
-    return summary(responses, slowest, max(peak for *_, peak in ranks))
+    found = {"responses": responses, "tokens": max(tokens for *_, tokens in ranks)}
+    return found | summary(slowest, max(peak for _, peak, _ in ranks))
 
 
-def summary(responses: int, slowest: Callable[[int, str], float], peak_gib: float) -> dict:
+def summary(slowest: Callable[[int, str], float], peak_gib: float) -> dict:
+    """Seconds of each phase and of what counts, and the largest process."""
     wall = {phase: slowest(0, phase) for phase in PHASES}
     cpu = {phase: slowest(1, phase) for phase in PHASES}
     return {
-        "responses": responses,
-        "tokens": int(synthetic_sizes(responses)),
         "wall_seconds": wall | {"total": sum(wall[phase] for phase in COUNTED)},
         "cpu_seconds": cpu | {"total": sum(cpu[phase] for phase in COUNTED)},
         "peak_memory_gib": peak_gib,
     }
-
-
-def synthetic_sizes(responses: int) -> float:
-    """Tokens of `synthetic_batch(responses)`."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(SHORTEST, LONGEST + 1, (responses,), generator=generator).sum().item()
 
 
 def print_table(rows: list[dict]) -> None:

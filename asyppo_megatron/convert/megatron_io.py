@@ -70,6 +70,8 @@ class MegatronCheckpoint:
 
     def _check_unknown(self, stored: Mapping[str, Stored]) -> None:
         known = {self.prefix + key for name in self.entries for key, _ in checkpoint_keys(name)}
+        if self.spec.tied:
+            known.add(self.prefix + "output_layer.weight")  # a last stage's own copy of the embedding
         stems = tuple(self.prefix + s for s in ("embedding.", "decoder.", "output_layer."))
         for key in sorted(stored.keys() - known):
             if key.startswith(stems):

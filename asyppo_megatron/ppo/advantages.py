@@ -61,8 +61,8 @@ def gae(
 
     which is the sum over l of (gamma lambda)^l delta_{i+l}, delta_i = r_i + gamma V_{i+1} - V_i, written
     so that gamma = lambda = 1 is exactly the reverse sum of rewards minus the value. The recursion's
-    state is float64 whatever the inputs; it steps over time for all sequences at once, so the
-    order of additions, and the result to the bit, depends on no device, rank or other sequence.
+    state is float64 whatever the inputs. It steps over time for all sequences at once: a cumulative sum over
+    packed tokens would mix sequences, and on CUDA adds in an order that changes from run to run.
 
     Args:
         token_rewards: f32 [T].

@@ -5,16 +5,25 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+LIMIT = timedelta(seconds=30)  # of a collective whose other ranks have failed
 VOCAB = 131  # a prime: padded in every layout with tp > 1
-HEADS = dict(num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4, hidden_size=64, vocab_size=VOCAB)
+HEADS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "vocab_size": VOCAB,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -94,8 +103,8 @@ def _outputs(model: Any, config: Any, groups: Any, num_valid: int | None) -> tor
     """The Megatron model's outputs for `tokens()`, whole vocabulary, on ranks of the last stage; any pipeline."""
     import torch.distributed as dist
 
-    from asyppo_megatron.roles.runner import PackRunner, make_pack
     from asyppo_megatron.packing import plan_micro_batches
+    from asyppo_megatron.roles.runner import PackRunner, make_pack
 
     ids = tokens()
     cu_seqlens = torch.tensor([0, 12, 24], dtype=torch.int32)
@@ -153,6 +162,19 @@ def _build(case: Case, source: Path, registry: Any, ranks: int) -> tuple[Any, An
     return model, spec, groups, config
 
 
+def _sharded_state(model: Any, groups: Any) -> dict[str, Any]:
+    """Megatron's sharded state dict.
+
+    Megatron reads a global group when a tied model's last stage is not its first; it gets
+    the answer that the role's own group has.
+    """
+    from unittest import mock
+
+    metadata = {"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}
+    with mock.patch("megatron.core.parallel_state.get_data_parallel_rank", return_value=groups.at.dp):
+        return model.sharded_state_dict(metadata=metadata)
+
+
 def megatron_formats(case: Case, directory: Path, registry: Any, ranks: int) -> dict[str, Any]:
     """Load our distributed checkpoint through Megatron and through our reader, save it through Megatron."""
     import torch.distributed as dist
@@ -163,15 +185,14 @@ def megatron_formats(case: Case, directory: Path, registry: Any, ranks: int) -> 
 
     source, ours = directory / case.checkpoint, directory / "ours" / case.checkpoint
     model, spec, groups, _ = _build(case, source, registry, ranks)
-    metadata = {"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(ours))
+    loaded = dist_checkpointing.load({"model": _sharded_state(model, groups)}, str(ours))
     model.load_state_dict(loaded["model"])
     export_hf(model, spec, directory / "by-megatron" / case.name, source, groups, role=case.role)
     theirs = directory / "theirs" / case.name
     if dist.get_rank() == 0:
         theirs.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata)}, str(theirs))
+    dist_checkpointing.save({"model": _sharded_state(model, groups)}, str(theirs))
     model, spec, groups, _ = _build(case, source, registry, ranks)
     load_megatron(model, spec, ours, tp_rank=groups.at.tp, tp_size=case.tp, role=case.role)
     export_hf(model, spec, directory / "by-reader" / case.name, source, groups, role=case.role)
@@ -185,11 +206,11 @@ def _rank_main(rank: int, ranks: int, directory: Path, work: Callable[..., Any],
         torch.set_num_threads(1)
         from asyppo_megatron.backend import prepare_megatron
 
-        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks, timeout=LIMIT
+        )
         prepare_megatron()
         result = work(rank, ranks, directory, *args)
-        dist.barrier()
-        dist.destroy_process_group()
     except BaseException:
         result = traceback.format_exc()
     (directory / f"result-{rank}.pickle").write_bytes(pickle.dumps(result))
@@ -206,12 +227,12 @@ def all_cases(
     for case in cases:
         try:
             results[case.name] = work(case, directory, registry, ranks)
-        except Exception:
-            results[case.name] = traceback.format_exc()
+        except Exception:  # the other ranks may wait in a collective for this one: the rest cannot run
+            return {c.name: traceback.format_exc() for c in cases} | results
     return results
 
 
-def run_world(ranks: int, directory: Path, work: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
+def run_world(ranks: int, directory: Path, work: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
     """Run `work(rank, ranks, directory, *args)` on gloo ranks forked from one process that has the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "asyppo_megatron.models.gpt", "asyppo_megatron.roles.runner"])
@@ -219,8 +240,9 @@ def run_world(ranks: int, directory: Path, work: Callable[..., Any], *args: Any,
     processes = [context.Process(target=_rank_main, args=(r, ranks, directory, work, args)) for r in range(ranks)]
     for p in processes:
         p.start()
+    deadline = time.monotonic() + timeout_s
     for p in processes:
-        p.join(timeout_s)
+        p.join(max(deadline - time.monotonic(), 0))
     for p in processes:
         if p.is_alive():
             p.kill()

@@ -78,6 +78,25 @@ def test_a_rank_without_trajectories_gets_packs_of_dummies():
     assert plan[1][0].trajectories.numel() == plan[1][0].token_index.numel() == 0
 
 
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_balance_never_costs_another_pack(dp_size):
+    # Levelling would put 5 + 2 + 2 into one pack of 8 and need a third.
+    sizes = [5, 4, 3, 2, 2]
+    plan = plan_micro_batches(cu(*sizes), torch.arange(5), dp_size=dp_size, max_tokens=8)
+    check_plan(plan, sizes, range(5), dp_size, 8)
+    assert sorted(pack.trajectories.tolist() for rank in plan for pack in rank) == [[0, 2], [1, 3, 4]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_small_tight_plans_keep_their_promises(seed):
+    sizes = random_sizes(3 + seed % 7, 1, 8, seed)
+    for dp_size in (1, 2, 3):
+        for fixed_size in (False, True):
+            options = {"dp_size": dp_size, "max_tokens": 8, "fixed_size": fixed_size}
+            plan = plan_micro_batches(cu(*sizes), torch.arange(len(sizes)), **options)
+            check_plan(plan, sizes, range(len(sizes)), **options)
+
+
 def test_an_empty_mini_batch_is_planned_as_dummies():
     for fixed_size in (False, True):
         none = torch.zeros(0, dtype=torch.long)

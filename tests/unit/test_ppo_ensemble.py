@@ -83,6 +83,20 @@ def test_masks_count_exactly_the_rounded_fraction(tokens, fraction):
     assert tokens - int(entropy.sum()) == expected
 
 
+def test_a_fraction_that_is_a_whole_number_of_tokens_is_not_rounded_down():
+    assert 0.29 * 100 < 29
+    advantage, _ = uncertainty_masks(torch.rand(100), torch.ones(100, dtype=torch.bool), k=0.29, h=0.0)
+    assert int(advantage.sum()) == 71
+
+
+def test_masks_order_negative_and_signed_zero_scores_like_numbers():
+    score = torch.tensor([0.0, -0.0, -1.0, -2.0, 3.0, torch.inf])
+    for dtype in (torch.float32, torch.float64):
+        advantage, entropy = uncertainty_masks(score.to(dtype), torch.ones(6, dtype=torch.bool), k=0.5, h=0.5)
+        assert advantage.tolist() == [False, True, False, False, True, True]
+        assert entropy.tolist() == [False, True, True, True, False, False]
+
+
 def test_masks_of_a_batch_without_valid_tokens_are_false():
     for std, valid in [(torch.rand(4), torch.zeros(4, dtype=torch.bool)), (torch.rand(0), torch.ones(0).bool())]:
         advantage, entropy = uncertainty_masks(std, valid, k=0.2, h=0.2)
