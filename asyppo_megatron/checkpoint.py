@@ -1,9 +1,9 @@
 """One checkpoint of everything: all roles, the rollouts' state, RNG, step; atomic, asynchronous, exact to resume.
 
-    run_dir/checkpoints/step-000016/    complete, because it was renamed to this name last
-        .metadata, *.distcp, common.pt, metadata.json   Megatron's distributed checkpoint of all roles
-        run.json                                        step, roles, rollout state, versions
-        rng-00003.safetensors                           generators of rank 3
+run_dir/checkpoints/step-000016/    complete, because it was renamed to this name last
+    .metadata, *.distcp, common.pt, metadata.json   Megatron's distributed checkpoint of all roles
+    run.json                                        step, roles, rollout state, versions
+    rng-00003.safetensors                           generators of rank 3
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def _restore_common(tree: Any, common: dict[tuple[Any, ...], Any]) -> None:
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    kind, words, index, has_gauss, gauss = np.random.get_state()
+    _, words, index, has_gauss, gauss = np.random.get_state()
     _, py_words, py_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""The command line: asyppo train | demo | eval | report."""
+"""The command line: asyppo train | demo | eval | prepare | report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asyppo_megatron.config import Config, ConfigError, load_config
+from asyppo_megatron.config import Config, ConfigError, EvalSetConfig, load_config
 
 DEMO_CONFIG = Path("model_configs/runs/demo.yaml")
 
@@ -50,10 +50,63 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "evaluate a Hugging Face model on the data.eval sets of a configuration")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--model", type=Path, help="Hugging Face directory; default: the run's exported actor")
+    evaluate.add_argument(
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        type=_named_path,
+        metavar="NAME=PATH",
+        help="evaluate this JSONL file too, or in place of the set of that name; may be given several times",
+    )
+    evaluate.add_argument("--samples", type=_count, metavar="K", help="avg@K beside the greedy accuracy (eval.samples)")
+    evaluate.add_argument("--out", type=Path, help="directory of the per-problem results; default: run_dir/eval/MODEL")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    _prepare_parsers(command("prepare", _no_command, "bring data or a small model into the form that runs read"))
     report = command("report", _report, "draw a run's learning curve")
     report.add_argument("run_dir", type=Path)
     return parser
+
+
+def _prepare_parsers(prepare: argparse.ArgumentParser) -> None:
+    kinds = prepare.add_subparsers(required=True, metavar="data|model")
+    data = kinds.add_parser("data", help="JSONL of any keys to {id, problem, answer}")
+    data.set_defaults(run=_prepare_data)
+    data.add_argument("--input", type=Path, required=True, metavar="FILE")
+    data.add_argument("--out", type=Path, required=True, metavar="FILE")
+    data.add_argument("--problem-key", default="question")
+    data.add_argument("--answer-key", default="answer")
+    data.add_argument("--id-key", default="id", help="rows without it are numbered")
+    data.add_argument("--answer-after", default="", metavar="TEXT", help="the answer follows the last TEXT ('####')")
+    model = kinds.add_parser("model", help="a small randomly initialised Qwen3 around a tokenizer")
+    model.set_defaults(run=_prepare_model)
+    model.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
+    model.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sizes = {"hidden": 128, "layers": 2, "heads": 4, "kv-heads": 2, "head-dim": 32, "ffn": 256, "positions": 4096}
+    for name, default in sizes.items():
+        model.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"default {default}")
+    model.add_argument("--vocab-size", type=_count, metavar="N", help="default: the tokenizer's, to a multiple of 128")
+    model.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help="output layer = embedding")
+    model.add_argument("--untied", dest="tied", action="store_false", help="the same as --no-tied")
+    model.add_argument("--seed", type=int, default=0)
+    model.add_argument("--force", action="store_true", help="replace an existing directory")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a number >= 1")
+    return int(text)
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, sep, path = text.partition("=")
+    if not sep or not name or not path:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need NAME=PATH")
+    return name, Path(path)
+
+
+def _no_command(arguments: argparse.Namespace) -> None:
+    raise AssertionError("argparse requires a command")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -86,14 +139,49 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from asyppo_megatron.rollout.evaluate import evaluate_model
+    from asyppo_megatron.rollout.evaluate_model import evaluate_model
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _with_eval_options(load_config(arguments.config, arguments.overrides), arguments.sets, arguments.samples)
     model = arguments.model or config.run_dir / "hf" / "actor"
-    for result in evaluate_model(config, model):
+    for result in evaluate_model(config, model, arguments.out):
         parts = [f"greedy {result.greedy:.4f}"] if result.greedy is not None else []
         parts += [f"avg@{result.k} {result.avg_at_k:.4f}"] if result.avg_at_k is not None else []
         print(f"{result.name}: {', '.join(parts)} on {result.num_problems} problems ({result.num_skipped} skipped)")
+
+
+def _with_eval_options(config: Config, sets: list[tuple[str, Path]], samples: int | None) -> Config:
+    """The configuration with --set and --samples in place."""
+    by_name = {e.name: e for e in config.data.eval} | {n: EvalSetConfig(name=n, path=p) for n, p in sets}
+    data = config.data.model_copy(update={"eval": tuple(by_name.values())})
+    evaluation = config.eval if samples is None else config.eval.model_copy(update={"samples": samples})
+    return config.model_copy(update={"data": data, "eval": evaluation})
+
+
+def _prepare_data(arguments: argparse.Namespace) -> None:
+    from asyppo_megatron.prepare import DataKeys, prepare_data
+
+    a = arguments
+    keys = DataKeys(a.problem_key, a.answer_key, a.id_key, a.answer_after)
+    print(f"{a.out}: {prepare_data(a.input, a.out, keys)} problems")
+
+
+def _prepare_model(arguments: argparse.Namespace) -> None:
+    from asyppo_megatron.prepare import ModelSizes, prepare_model
+
+    a = arguments
+    sizes = ModelSizes(
+        hidden=a.hidden,
+        layers=a.layers,
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        ffn=a.ffn,
+        positions=a.positions,
+        vocabulary=a.vocab_size,
+        tied=a.tied,
+    )
+    count = prepare_model(a.tokenizer, a.out, sizes, seed=a.seed, force=a.force)
+    print(f"{a.out}: Qwen3 of {count:,} parameters, randomly initialised")
 
 
 def _report(arguments: argparse.Namespace) -> None:

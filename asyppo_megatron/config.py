@@ -327,8 +327,13 @@ def _algorithm_errors(config: Config) -> list[str]:
             f"rollout.responses_per_prompt: got {group}, not divisible by {critics} critics; choose a multiple of "
             f"{critics} or set ppo.share_remainder to rotate or drop"
         )
-    if ppo.order == "critics_first" and ppo.lam < 1 and critics:
-        pass  # critics regress on Monte-Carlo returns; lambda shapes the actor's advantages only
+    if ppo.order == "critics_first":
+        for index, critic in enumerate(config.critics):
+            if critic.value_clip is not None:
+                errors.append(
+                    f"critics.{index}.value_clip: got {critic.value_clip} with ppo.order critics_first, which has no "
+                    "values from before the update; set ppo.order values_first or leave it out"
+                )
     return errors
 
 

@@ -84,9 +84,7 @@ def run_supervised(tasks: Sequence[SupervisedTask], examples: Sequence[Example],
     dist.barrier()
 
 
-def _train(
-    task: SupervisedTask, role: Role, examples: Sequence[Example], seed: int, device: torch.device
-) -> None:
+def _train(task: SupervisedTask, role: Role, examples: Sequence[Example], seed: int, device: torch.device) -> None:
     """Token-mean negative log-likelihood of the responses; every rank draws the same batches."""
     generator = np.random.default_rng(derive_seed(seed, "supervised"))
     everything = torch.arange(task.batch_size)
@@ -102,9 +100,7 @@ def _train(
             labels: torch.Tensor = labels,
             count: torch.Tensor = count,
         ) -> tuple[torch.Tensor, Any]:
-            logprobs, _ = score_tokens(
-                out, pack.gather(labels), role.groups, role.spec.vocab_size, 1.0, inplace=False
-            )
+            logprobs, _ = score_tokens(out, pack.gather(labels), role.groups, role.spec.vocab_size, 1.0, inplace=False)
             total = -torch.where(pack.gather(batch.loss_mask), logprobs, 0).sum() / count
             return total, total.detach()
 

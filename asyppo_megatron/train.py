@@ -4,77 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from asyppo_megatron.backend import init_distributed, peak_memory_gb
-from asyppo_megatron.checkpoint import Checkpointer
+from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config, dump_config
-from asyppo_megatron.convert.export_hf import export_hf
 from asyppo_megatron.observability.logs import configure_logging
-from asyppo_megatron.observability.metrics import MetricsLog, read_metrics
-from asyppo_megatron.observability.progress import Progress
+from asyppo_megatron.observability.metrics import read_metrics
 from asyppo_megatron.observability.report import learning_curve
-from asyppo_megatron.observability.timing import PhaseTimer
 from asyppo_megatron.parallel import exchange
-from asyppo_megatron.parallel.seeding import seed_process
 from asyppo_megatron.rollout.client import start_driver
-from asyppo_megatron.rollout.source import DriverSource
+from asyppo_megatron.run import Run, build_run, export_models, release
 from asyppo_megatron.types import PackedBatch, Targets
-from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory
-from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)
 _COMPUTE = ("actor_logprobs", "reference_logprobs", "critic_update", "critic_values", "actor_update")
-
-
-@dataclass
-class Run:
-    """Everything that one rank holds during a run; `metrics` and `progress` on rank 0 only."""
-
-    config: Config
-    world: World
-    source: DriverSource
-    checkpoints: Checkpointer
-    timer: PhaseTimer
-    weights_dir: Path
-    metrics: MetricsLog | None
-    progress: Progress | None
-    rollout_state: dict[str, Any] = field(default_factory=dict)
-    evaluated: set[int] = field(default_factory=set)
-
-    def push(self, policy_version: int) -> None:
-        """The actor's weights into the engine, under a new version."""
-        actor, rank = self.world.actor, dist.get_rank()
-        if actor is not None:
-            push_to_directory(
-                actor.role.module,
-                actor.role.spec,
-                self.weights_dir,
-                policy_version,
-                actor.role.groups,
-                bucket_bytes=self.config.weight_sync.bucket_mb << 20,
-            )
-        elif rank == 0:
-            self.world.wait_for(f"weights/{policy_version}")
-        if actor is not None and actor.role.groups.is_lead and 0 not in self.config.actor.ranks:
-            self.world.announce(f"weights/{policy_version}")
-        self.source.load_weights(self.weights_dir / f"v{policy_version:08d}", policy_version)
-
-    def evaluate(self, step: int) -> None:
-        """Evaluate the engine's weights, which have `step` updates."""
-        results = self.source.evaluate(step)
-        row = {f"eval/{r['name']}/greedy": r["greedy"] for r in results if r["greedy"] is not None}
-        row |= {f"eval/{r['name']}/avg@{r['k']}": r["avg_at_k"] for r in results if r["avg_at_k"] is not None}
-        if self.metrics is not None and self.progress is not None:
-            self.metrics.log({"step": step, **row})
-            self.progress.step({"step": step, **row})
 
 
 def train(run: Run, first_step: int) -> None:
@@ -143,7 +90,8 @@ def save_if_due(run: Run, step: int, last: bool) -> None:
     config = run.config.checkpoint
     if (config.every and step % config.every == 0) or (last and config.at_end):
         run.checkpoints.save(step, run.rollout_state, wait=last)
-        run.source.prune(step - config.every * config.keep if config.every else 0)
+        # Resuming from the oldest kept checkpoint replays the journal from there on.
+        run.source.prune(step - config.every * (config.keep - 1))
     else:
         run.checkpoints.finish(wait=False)
 
@@ -164,7 +112,8 @@ def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
     row["seconds/generation"] = generation
     row["seconds/step"] = seconds
     # Outside model compute and generation, on the critical path: what the slowest ranks' models do not explain.
-    row["seconds/other"] = max(0.0, seconds - generation - worst[-3] - worst[-2])
+    waited = min(generation, times["seconds/rollouts"])  # generation may have run beside the last step's save
+    row["seconds/other"] = max(0.0, seconds - waited - worst[-3] - worst[-2])
     row["tokens_per_second"] = row.get("tokens/actor_update", 0) / seconds
     run.metrics.log(row)
     run.progress.step(row)
@@ -180,44 +129,13 @@ def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> Non
         run = build_run(config, rank, world_size, local_rank, handle)
         try:
             _train_and_export(run)
+            run.checkpoints.close()  # a collective, so only where every rank gets here
         finally:
-            _close(run)
+            release(run)
+        dist.destroy_process_group()
     finally:
         if handle is not None:
             handle.close()
-
-
-def build_run(config: Config, rank: int, world_size: int, local_rank: int, handle: Any) -> Run:
-    """Join the world and build this rank's roles."""
-    if world_size != config.num_ranks:
-        raise ValueError(f"world: got {world_size} ranks, need {config.num_ranks} (highest rank of any role + 1)")
-    device, store = init_distributed(rank, world_size, local_rank, config.collective_timeout_s)
-    seed_process(config.seed)
-    timer = PhaseTimer(device)
-    world = World(config, device, store, timer)
-    if rank == 0:
-        size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
-        store.set("weights_dir", str(choose_directory(config.weight_sync.dir, config.run_dir, size)))
-        handle.client.hello()
-    return Run(
-        config=config,
-        world=world,
-        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s),
-        checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
-        timer=timer,
-        weights_dir=Path(store.get("weights_dir").decode()),
-        metrics=_metrics_log(config) if rank == 0 else None,
-        progress=Progress(config.num_steps) if rank == 0 else None,
-    )
-
-
-def _metrics_log(config: Config) -> MetricsLog:
-    return MetricsLog(
-        config.run_dir,
-        wandb=config.logging.wandb,
-        wandb_project=config.logging.wandb_project,
-        config=config.model_dump(mode="json"),
-    )
 
 
 def _train_and_export(run: Run) -> None:
@@ -242,32 +160,6 @@ def _train_and_export(run: Run) -> None:
     if rank == 0:
         learning_curve(config.run_dir)
     dist.barrier()
-
-
-def export_models(run: Run) -> None:
-    """Hugging Face checkpoints of all trained roles into run_dir/hf/<role>."""
-    for name, role_config in run.config.roles().items():
-        role = run.world.roles.get(name)
-        if role is not None:
-            export_hf(
-                role.module,
-                role.spec,
-                run.config.run_dir / "hf" / name,
-                role_config.model,
-                role.groups,
-                role="actor" if name == "actor" else "critic",
-                force=True,
-            )
-
-
-def _close(run: Run) -> None:
-    run.checkpoints.close()
-    if run.progress is not None:
-        run.progress.close()
-    if run.metrics is not None:
-        run.metrics.close()
-    if dist.get_rank() == 0 and run.config.weight_sync.dir is None:
-        shutil.rmtree(run.weights_dir, ignore_errors=True)
 
 
 def main_rank(config: Config) -> None:

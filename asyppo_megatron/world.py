@@ -266,12 +266,11 @@ class World:
         ]
         if bad:
             raise NonFiniteError(
-                f"step {step}: a loss, gradient, logprob or value is NaN or infinite in {', '.join(bad)}; stopped before "
-                "these weights were saved or used, the last checkpoint is intact. Lower the learning rate of the "
-                "role, or look at the step's rollouts"
+                f"step {step}: a loss, gradient, logprob or value is NaN or infinite in {', '.join(bad)}; stopped "
+                "before these weights were saved or used, the last checkpoint is intact. Lower the learning rate of "
+                "the role, or look at the step's rollouts"
             )
 
 
 def _layout(config: RoleConfig) -> ParallelLayout:
     return ParallelLayout(config.ranks, tp=config.layout.tp, pp=config.layout.pp, cp=config.layout.cp)
-

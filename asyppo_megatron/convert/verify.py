@@ -110,7 +110,7 @@ class _MegatronModel:
         from asyppo_megatron.parallel.layout import ParallelLayout
         from asyppo_megatron.parallel.process_groups import GroupRegistry, build_groups
 
-        if not dist.is_initialized():
+        if not dist.is_initialized():  # a converter is a process of its own: nobody else will want a group
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         prepare_megatron()
         groups = build_groups(ParallelLayout((dist.get_rank(),)), GroupRegistry())

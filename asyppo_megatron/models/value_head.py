@@ -43,5 +43,7 @@ class ValueHead(torch.nn.Linear):
         """[s, b, H] (its own part under sequence parallelism) -> f32 [s, b, 1], the whole sequence."""
         values = super().forward(input_).float()  # regression targets need more than bf16's 8 bits
         if self.sequence_parallel:
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.tp_group)
+            values = gather_from_sequence_parallel_region(
+                values, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         return values, None

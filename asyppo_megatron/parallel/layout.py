@@ -71,7 +71,7 @@ class ParallelLayout:
 
     def embedding_groups(self) -> list[tuple[int, ...]]:
         """First and last pipeline stage of every column, which share tied embeddings; other stages alone."""
-        ends = [(g[0], g[-1]) if len(g) > 1 else (g[0],) for g in self.groups("pp")]
+        ends: list[tuple[int, ...]] = [(g[0], g[-1]) if len(g) > 1 else (g[0],) for g in self.groups("pp")]
         return ends + [(r,) for g in self.groups("pp") for r in g[1:-1]]
 
     def output_ranks(self) -> list[int]:

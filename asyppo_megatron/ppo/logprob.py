@@ -12,7 +12,7 @@ class _LogprobEntropy(torch.autograd.Function):
     """Saves one tensor of the logits' size (the local softmax); one max and one sum over `tp_group`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: torch.Tensor,
         labels: torch.Tensor,
@@ -48,7 +48,7 @@ class _LogprobEntropy(torch.autograd.Function):
         return picked - log_total, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprob: torch.Tensor, grad_entropy: torch.Tensor) -> Any:
         p, index, owned, entropy = ctx.saved_tensors
         grad = p * -grad_logprob.unsqueeze(-1)
         grad.scatter_add_(-1, index.unsqueeze(-1), (grad_logprob * owned).unsqueeze(-1))

@@ -8,6 +8,7 @@ import torch
 
 from asyppo_megatron.config import PPOConfig
 from asyppo_megatron.packing import mini_batches
+from asyppo_megatron.ppo.kl import kl_estimate
 from asyppo_megatron.ppo.logprob import logprob_entropy
 from asyppo_megatron.ppo.losses import kl_loss, policy_loss
 from asyppo_megatron.roles.role import Role
@@ -15,7 +16,7 @@ from asyppo_megatron.roles.runner import Pack, scatter
 from asyppo_megatron.types import PackedBatch, Targets, sequence_ids
 
 # Sums over the actor's output ranks; `summarise` turns them into metrics.
-SUMS = ("tokens", "entropy", "update_tokens", "loss", "clipped", "kl", "updates", "grad_norm", "lr", "kl_loss")
+SUMS = ("tokens", "entropy", "update_tokens", "loss", "clipped", "kl", "updates", "grad_norm", "lr", "reference_kl")
 
 
 def score_tokens(
@@ -135,7 +136,7 @@ class Actor:
         )
         if ppo.kl.coef and ppo.kl.where == "loss":
             assert targets.reference_logprobs is not None
-            kl, _ = kl_loss(
+            penalty, _ = kl_loss(
                 logprobs,
                 pack.gather(targets.reference_logprobs),
                 mask,
@@ -144,14 +145,15 @@ class Actor:
                 aggregation=ppo.aggregation,
                 length_norm=length_norm,
             )
-            total = total + ppo.kl.coef * kl
+            total = total + ppo.kl.coef * penalty
         if self.role.groups.is_output:
             self._measure(logprobs.detach(), old, advantages, mask)
+            if targets.reference_logprobs is not None:
+                kl = kl_estimate(logprobs.detach(), pack.gather(targets.reference_logprobs), "k3")
+                self._add(reference_kl=torch.where(mask, kl, 0).sum())
         return total
 
-    def _measure(
-        self, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
-    ) -> None:
+    def _measure(self, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> None:
         log_ratio = torch.where(mask, logprobs - old, 0)
         ratio = log_ratio.exp()
         clipped = ((ratio > 1 + self.ppo.clip_high) & (advantages > 0)) | (
@@ -173,6 +175,7 @@ def summarise(sums: dict[str, float]) -> dict[str, float]:
         "loss/actor": sums["loss"] / updates,
         "clip_fraction": sums["clipped"] / tokens,
         "approx_kl": sums["kl"] / tokens,
+        "reference_kl": sums["reference_kl"] / tokens,
         "grad_norm/actor": sums["grad_norm"] / updates,
         "lr/actor": sums["lr"] / updates,
         "updates/actor": sums["updates"],

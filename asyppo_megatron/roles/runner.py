@@ -35,7 +35,9 @@ class Pack:
     def gather(self, x: torch.Tensor, fill: float | bool = 0) -> torch.Tensor:
         """A batch's `[T]` tensor as this pack's `[t + padding]`."""
         picked = x.index_select(0, self.index)
-        return torch.nn.functional.pad(picked, (0, self.plan.num_padding), value=fill) if self.plan.num_padding else picked
+        return (
+            torch.nn.functional.pad(picked, (0, self.plan.num_padding), value=fill) if self.plan.num_padding else picked
+        )
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
@@ -90,9 +92,7 @@ class PackRunner:
 
         def step(iterator: Any, model: Any) -> Any:
             pack = next(iterator)
-            output = model(
-                input_ids=pack.tokens, position_ids=None, attention_mask=None, packed_seq_params=pack.params
-            )
+            output = model(input_ids=pack.tokens, position_ids=None, attention_mask=None, packed_seq_params=pack.params)
 
             def loss(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
                 value, collected = finish(out, pack)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from asyppo_megatron.backend.scratch import ScratchDirectory, remove_abandoned
 from asyppo_megatron.config import Config
 from asyppo_megatron.rollout.server import driver_main
 
@@ -135,7 +135,7 @@ class DriverHandle:
 
     client: DriverClient
     process: BaseProcess
-    directory: Path
+    directory: ScratchDirectory
 
     def close(self) -> None:
         """End the driver, politely first."""
@@ -147,7 +147,7 @@ class DriverHandle:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.close()
 
 
 def start_driver(config: Config, run_dir: Path, start_method: str | None = None) -> DriverHandle:
@@ -162,8 +162,9 @@ def start_driver(config: Config, run_dir: Path, start_method: str | None = None)
         start_method: "fork" or "spawn" to have it one way.
     """
     method = start_method or ("spawn" if torch.cuda.is_available() else "fork")
-    directory = Path(tempfile.mkdtemp(prefix="asyppo-"))  # mode 0700, and short: a socket's path has 107 bytes
-    socket_path = directory / "driver"
+    remove_abandoned()  # of runs that were killed
+    directory = ScratchDirectory(Path(tempfile.gettempdir()), "socket")  # short: a socket's path has 107 bytes
+    socket_path = directory.path / "driver"
     process = multiprocessing.get_context(method).Process(
         target=driver_main, args=(config, run_dir, socket_path, os.getpid()), name="rollout-driver", daemon=True
     )

@@ -93,7 +93,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[tuple[str, str, str]
     errors: list[str] = []
     seen: dict[str, int] = {}
     try:
-        for number, line in _lines(path):
+        for number, line in numbered_lines(path):
             if limit is not None and len(rows) >= limit:
                 break
             parsed = _parse(line)
@@ -115,7 +115,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[tuple[str, str, str]
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Non-empty lines with their numbers; a longer line than allowed comes cut, one byte over the limit."""
     with path.open("rb") as file:
         number = 0

@@ -32,11 +32,15 @@ from asyppo_megatron.types import pack_trajectories
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: Config) -> EmbeddedEngine:
-    """The engine that `rollout.engine` names, in the actor's precision, without weights yet."""
+def build_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
+    """The engine that `rollout.engine` names, in the actor's precision, without weights yet.
+
+    Args:
+        model_dir: whose architecture it has; `actor.model` by default.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.actor.precision == "bf16" else torch.float32
-    return EmbeddedEngine(config.actor.model, dtype, device, config.rollout.max_batch)
+    return EmbeddedEngine(model_dir or config.actor.model, dtype, device, config.rollout.max_batch)
 
 
 def build_problems(config: Config, tokenizer: Any, path: Path, limit: int | None = None) -> Problems:

@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from asyppo_megatron.backend.scratch import SHARED_MEMORY, ScratchDirectory
 from asyppo_megatron.convert.atomic import atomic_directory, partial_path
 from asyppo_megatron.convert.export import hf_stream, stage_tensors
 from asyppo_megatron.convert.stages import together, write_stage
@@ -26,31 +26,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST = "weights.json"
-SHARED_MEMORY = Path("/dev/shm")
 _ROOM = 2.5  # the new version is written while the last one still lies there, and something must be left
 _VERSION = re.compile(r"v\d{8}")
 
 
-def choose_directory(config_dir: Path | None, run_dir: Path, bytes_needed: int) -> Path:
+def choose_directory(config_dir: Path | None, run_dir: Path, bytes_needed: int) -> tuple[Path, ScratchDirectory | None]:
     """Where to push weights: the configured directory, else shared memory with room, else the run directory.
 
-    A directory in shared memory is new and readable by this user only; whoever chose it removes it at the end.
     Called on one rank; the others are told.
 
     Args:
         bytes_needed: size of one version of the weights.
+
+    Returns:
+        The directory, and in shared memory its owner, to be closed at the end.
     """
     if config_dir is not None:
         config_dir.mkdir(parents=True, exist_ok=True)
-        return config_dir
+        return config_dir, None
     if SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(SHARED_MEMORY).free
         if free >= _ROOM * bytes_needed:
-            return Path(tempfile.mkdtemp(prefix="asyppo-weights-", dir=SHARED_MEMORY))
+            scratch = ScratchDirectory(SHARED_MEMORY, "weights")
+            return scratch.path, scratch
         log.info("weight sync: %s has %d bytes free, %d needed; using %s", SHARED_MEMORY, free, bytes_needed, run_dir)
     directory = run_dir / "weights"
     directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    return directory, None
 
 
 def version_directory(directory: Path, policy_version: int) -> Path:
