@@ -83,8 +83,8 @@ class _WriterQueue:
         return self._queue.get(timeout=60)  # it was put already: only the pipe's feeder may lag
 
 
-def _write_while_parent_lives(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    die_with_parent()
+def _write_while_parent_lives(parent: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    die_with_parent(parent)
     return write(*args, **kwargs)
 
 
@@ -109,6 +109,7 @@ class Checkpointer:
         self._queue = AsyncCallsQueue()
         filesystem_async._results_queue = _WriterQueue()
         self._validated = False
+        self._written: Callable[[], None] | None = None  # a synchronous save that has no name yet
         if dist.get_rank() == 0:
             root = run_dir / "checkpoints"
             root.mkdir(parents=True, exist_ok=True)
@@ -116,12 +117,13 @@ class Checkpointer:
                 shutil.rmtree(stale)  # of a run that was killed while saving
         dist.barrier()
 
-    def save(self, step: int, rollout_state: dict[str, Any], *, wait: bool = False) -> None:
-        """Write the state after `step` updates; returns when this rank may change its weights again.
+    def save(self, step: int, rollout_state: dict[str, Any]) -> None:
+        """Begin to write the state after `step` updates; returns when this rank may change its weights again.
+
+        `finish` gives the checkpoint its name, and must be called for that.
 
         Args:
             rollout_state: the driver's state after the step's batch; read on rank 0.
-            wait: also wait until the checkpoint is complete.
         """
         self.finish(wait=True)  # one at a time
         final = checkpoint_directory(self._run_dir, step)
@@ -138,20 +140,21 @@ class Checkpointer:
         self._validated = True
         if not self._config.async_save:
             dist_checkpointing.save(state, str(part), **options)
-            self._publish(part, final)
+            self._written = partial(self._publish, part, final)
             return
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             options["async_strategy"] = "mcore"  # the default of newer versions needs another package
         request = dist_checkpointing.save(state, str(part), async_sharded_save=True, **options)
         if request.async_fn is not None:
-            request = request._replace(async_fn=partial(_write_while_parent_lives, request.async_fn))
+            request = request._replace(async_fn=partial(_write_while_parent_lives, os.getpid(), request.async_fn))
         request.add_finalize_fn(lambda: self._publish(part, final))
         self._queue.schedule_async_request(request)
-        if wait:
-            self.finish(wait=True)
 
     def finish(self, *, wait: bool) -> None:
-        """Complete an asynchronous save that is done (or wait for it)."""
+        """Complete a save that is written (or wait for it)."""
+        if self._written is not None:
+            self._written()
+            self._written = None
         if self._queue.get_num_unfinalized_calls():
             self._queue.maybe_finalize_async_calls(blocking=wait)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,23 +14,38 @@ from typing import Any
 from asyppo_megatron.config import Config, ConfigError, EvalSetConfig, load_config
 
 DEMO_CONFIG = Path("model_configs/runs/demo.yaml")
+DEMO_GPU_CONFIG = Path("model_configs/runs/demo_gpu.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Asking torch for a GPU must not start CUDA in this process: CUDA does not survive the fork into ranks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     try:
         return int(arguments.run(arguments) or 0)
     except ConfigError as e:
         print(f"configuration: {len(e.errors)} error(s)\n{e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        signum = getattr(e, "signum", signal.SIGINT)
+        print(f"stopped by {signal.Signals(signum).name}; start the same command again to resume", file=sys.stderr)
+        return 128 + signum
     except (ValueError, RuntimeError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"{getattr(e, 'traceback', '')}error: {e}", file=sys.stderr)
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of the command; argparse alone would take no key=value that stands behind an option."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
     demo = command("demo", _demo, "make the demo's data and base models, then train")
-    demo.add_argument("--config", type=Path, default=DEMO_CONFIG)
+    default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
+    demo.add_argument("--config", type=Path, help=default)
     demo.add_argument("--data", type=Path, default=Path("runs/demo-data"))
     demo.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate = command("eval", _eval, "evaluate a Hugging Face model on the data.eval sets of a configuration")
@@ -115,22 +133,54 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def train_config(config: Config) -> None:
     """Check everything, then train here (or as the rank that a launcher started)."""
-    from asyppo_megatron.launch.local import is_launched, run_ranks
     from asyppo_megatron.preflight import check_run
 
     check_run(config)
-    from asyppo_megatron import train  # imports torch and Megatron once, before the ranks are forked
+    _quiet_imports(config.run_dir, "launcher")
+    from asyppo_megatron.launch.local import is_launched, run_ranks
 
     if is_launched():
-        train.main_rank(config)
-    else:
-        run_ranks(config.num_ranks, lambda rank: train.main_rank(config))
+        _train_rank(config)
+        return
+    gpus = _num_gpus()
+    if gpus and config.num_ranks > gpus:
+        found = f"ranks: got {config.num_ranks} on a machine of {gpus} GPU(s), need one GPU a rank"
+        raise ConfigError([f"{found}; let roles share ranks, or set CUDA_VISIBLE_DEVICES= to run on the CPU"])
+    if not gpus:
+        # torch and Megatron once, before the ranks are forked. With a GPU every rank imports for itself: Transformer
+        # Engine may start CUDA while it is imported.
+        import asyppo_megatron.train  # noqa: F401
+    run_ranks(config.num_ranks, lambda rank: _train_rank(config), config.run_dir / "logs")
+
+
+def _train_rank(config: Config) -> None:
+    from asyppo_megatron.train import main_rank
+
+    main_rank(config)
+
+
+def _num_gpus() -> int:
+    """GPUs that this process may use, counted without starting CUDA."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _quiet_imports(directory: Path, process: str) -> None:
+    """What libraries have to say while they are imported goes to a log file, not to the terminal."""
+    import torch  # noqa: F401 - it sets up its logger
+
+    from asyppo_megatron.observability.logs import configure_logging
+
+    configure_logging(directory, process, has_progress=False)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    path = arguments.config or (DEMO_GPU_CONFIG if 0 < _num_gpus() < 4 else DEMO_CONFIG)
+    config = load_config(path, arguments.overrides)
+    _quiet_imports(arguments.data, "prepare")
     from asyppo_megatron.demo.run import prepare_base_models
 
-    config = load_config(arguments.config, arguments.overrides)
     prepare_base_models(arguments.data)
     train_config(config)
     from asyppo_megatron.observability.report import summary

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
+from asyppo_megatron.rewards.exact import ExactMatch
+from asyppo_megatron.rollout.dataset import read_rows
 
 
 def check_run(config: Config) -> None:
@@ -14,37 +16,61 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: with everything that is missing or does not fit, at once.
     """
-    errors: list[str] = []
-    specs: dict[str, ModelSpec] = {}
-    for name, role in config.roles().items():
-        where = name.replace("critic_", "critics.")
-        try:
-            spec = specs[name] = ModelSpec.from_hf(role.model)
-        except ValueError as e:
-            errors.append(f"{where}.model: {e}")
-            continue
-        errors.extend(spec.layout_errors(role.layout, where))
-        if not any(role.model.glob("*.safetensors")):
-            errors.append(f"{where}.model: {role.model} has no *.safetensors file; convert the checkpoint first")
-        limit = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-        if limit > spec.max_position_embeddings:
-            errors.append(
-                f"{where}.model: got {spec.max_position_embeddings} positions, need {limit} for rollout."
-                "max_prompt_tokens + max_response_tokens; lower them or choose another model"
-            )
-    for name, spec in specs.items():
-        if spec.vocab_size < specs["actor"].vocab_size if "actor" in specs else False:
-            errors.append(
-                f"{name}: got a vocabulary of {spec.vocab_size}, need at least the actor's "
-                f"{specs['actor'].vocab_size}; a critic reads the actor's tokens"
-            )
+    errors = _model_errors(config)
     files = [("data.train", config.data.train), *((f"data.eval {e.name}", e.path) for e in config.data.eval)]
-    errors.extend(f"{where}: {path} does not exist" for where, path in files if not path.is_file())
+    for where, path in files:
+        errors.extend(_dataset_errors(where, path))
+    if config.reward.kind == "exact":
+        try:
+            ExactMatch(config.reward.answer_pattern)
+        except ValueError as e:
+            errors.append(str(e))
     tokenizer = config.data.tokenizer or config.actor.model
     if not _has_tokenizer(tokenizer):
         errors.append(f"data.tokenizer: {tokenizer} has no tokenizer.json or tokenizer_config.json")
     if errors:
         raise ConfigError(errors)
+
+
+def _model_errors(config: Config) -> list[str]:
+    errors: list[str] = []
+    models = [(name.replace("critic_", "critics."), role.model, role.layout) for name, role in config.roles().items()]
+    if config.uses_reference and config.reference.model is not None:
+        models.append(("reference", config.reference.model, config.actor.layout))
+    limit = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    vocabulary = 0  # of the actor, which comes first
+    for where, path, layout in models:
+        try:
+            spec = ModelSpec.from_hf(path)
+        except ValueError as e:
+            errors.append(f"{where}.model: {e}")
+            continue
+        errors.extend(spec.layout_errors(layout, where))
+        if not any(path.glob("*.safetensors")):
+            errors.append(f"{where}.model: {path} has no *.safetensors file; convert the checkpoint first")
+        if limit > spec.max_position_embeddings:
+            errors.append(
+                f"{where}.model: got {spec.max_position_embeddings} positions, need {limit} for rollout."
+                "max_prompt_tokens + max_response_tokens; lower them or choose another model"
+            )
+        if where == "actor":
+            vocabulary = spec.vocab_size
+        if spec.vocab_size < vocabulary:
+            errors.append(
+                f"{where}.model: got a vocabulary of {spec.vocab_size}, need at least the actor's {vocabulary}; "
+                "it reads the actor's tokens"
+            )
+    return errors
+
+
+def _dataset_errors(where: str, path: Path) -> list[str]:
+    if not path.is_file():
+        return [f"{where}: {path} does not exist"]
+    try:
+        read_rows(path)
+    except ValueError as e:
+        return [f"{where}: {line}" for line in str(e).splitlines()]
+    return []
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyppo_megatron.convert.atomic import atomic_directory, check_target, sync_directory
+from asyppo_megatron.convert.atomic import atomic_directory, check_target
 from asyppo_megatron.rollout.dataset import MAX_ERRORS_SHOWN, MAX_LINE_BYTES, numbered_lines, read_rows
 from asyppo_megatron.rollout.tokenizer import load_tokenizer
 
@@ -102,7 +102,7 @@ def _convert(row: dict[str, Any], keys: DataKeys, default_id: str) -> dict[str, 
     if not marker and GSM8K_MARKER in answer:
         return f"{keys.answer}: got a solution with {GSM8K_MARKER!r} in it, need an answer; add --answer-after '####'"
     if marker:
-        before, found, after = answer.rpartition(marker)
+        _, found, after = answer.rpartition(marker)
         if not found:
             return f"{keys.answer}: got no {marker!r} in {answer[:60]!r}, need one before the answer"
         values["answer"] = after.strip()
@@ -121,7 +121,6 @@ def _write_atomically(target: Path, rows: list[dict[str, str]]) -> None:
             os.fsync(file.fileno())
         read_rows(part)
         part.replace(target)
-        sync_directory(target.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -148,7 +147,8 @@ class ModelSizes:
     def errors(self) -> list[str]:
         """What keeps these sizes from making a model; empty when nothing does."""
         positive = ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "positions")
-        found = [f"--{n.replace('_', '-')}: got {getattr(self, n)}, need >= 1" for n in positive if getattr(self, n) < 1]
+        given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in positive}
+        found = [f"{name}: got {value}, need >= 1" for name, value in given.items() if value < 1]
         if not found and self.heads % self.kv_heads:
             found.append(f"--heads: got {self.heads}, need a multiple of the {self.kv_heads} kv heads")
         if self.head_dim % 2:
@@ -176,6 +176,7 @@ def prepare_model(tokenizer_dir: Path, target: Path, sizes: ModelSizes, *, seed:
 
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     config = Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
@@ -193,6 +194,7 @@ def prepare_model(tokenizer_dir: Path, target: Path, sizes: ModelSizes, *, seed:
         bos_token_id=None,
         dtype="float32",
     )
+    disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)

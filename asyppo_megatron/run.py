@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from asyppo_megatron.backend import init_distributed
+from asyppo_megatron.backend.scratch import ScratchDirectory
 from asyppo_megatron.checkpoint import Checkpointer
 from asyppo_megatron.config import Config
 from asyppo_megatron.convert.export_hf import export_hf
@@ -21,6 +23,8 @@ from asyppo_megatron.rollout.client import DriverHandle
 from asyppo_megatron.rollout.source import DriverSource
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
 from asyppo_megatron.world import World
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Run:
     weights_dir: Path
     metrics: MetricsLog | None
     progress: Progress | None
+    scratch: ScratchDirectory | None  # owns weights_dir where nothing else does
     rollout_state: dict[str, Any] = field(default_factory=dict)
     evaluated: set[int] = field(default_factory=set)
 
@@ -74,10 +79,12 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
     seed_process(config.seed)
     timer = PhaseTimer(device)
     world = World(config, device, store, timer)
+    scratch = None
     if handle is not None:
         size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
-        store.set("weights_dir", str(choose_directory(config.weight_sync.dir, config.run_dir, size)))
-        handle.client.hello()
+        weights_dir, scratch = choose_directory(config.weight_sync.dir, config.run_dir, size)
+        store.set("weights_dir", str(weights_dir))
+        _report_skipped(handle.client.hello(), config)
     return Run(
         config=config,
         world=world,
@@ -87,7 +94,18 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
         weights_dir=Path(store.get("weights_dir").decode()),
         metrics=_metrics_log(config) if rank == 0 else None,
         progress=Progress(config.num_steps) if rank == 0 else None,
+        scratch=scratch,
     )
+
+
+def _report_skipped(found: dict[str, Any], config: Config) -> None:
+    if found["num_skipped"]:
+        logger.warning(
+            "data.train: skipped %d of %d prompts, longer than rollout.max_prompt_tokens %d",
+            found["num_skipped"],
+            found["num_skipped"] + found["num_problems"],
+            config.rollout.max_prompt_tokens,
+        )
 
 
 def _metrics_log(config: Config) -> MetricsLog:
@@ -121,5 +139,7 @@ def release(run: Run) -> None:
         run.progress.close()
     if run.metrics is not None:
         run.metrics.close()
-    if dist.get_rank() == 0 and run.config.weight_sync.dir is None:
+    if run.scratch is not None:
+        run.scratch.close()
+    elif dist.get_rank() == 0 and run.config.weight_sync.dir is None:
         shutil.rmtree(run.weights_dir, ignore_errors=True)

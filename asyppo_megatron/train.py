@@ -34,6 +34,8 @@ def train(run: Run, first_step: int) -> None:
         source.start(first_step, first_step)
     for step in range(first_step, config.num_steps):
         began, cpu = time.perf_counter(), time.process_time()
+        with run.timer.phase("checkpoint"):
+            run.checkpoints.finish(wait=False)  # only now that the metrics of its step are logged
         with run.timer.phase("rollouts"):
             batch = source.next_batch(step)
         local = run.world.evaluate(batch)
@@ -51,7 +53,8 @@ def train(run: Run, first_step: int) -> None:
         if not is_eval and not last:
             source.start(step + 1, step + 1)
         with run.timer.phase("checkpoint"):
-            save_if_due(run, step + 1, last)
+            if is_save_due(run, step + 1):
+                save(run, step + 1)
         log_step(run, row, time.perf_counter() - began)
         if is_eval:
             run.evaluate(step + 1)
@@ -82,18 +85,22 @@ def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: fl
         | roles
         | dict(zip(targets.metrics, measured, strict=True))
         | {"cpu_seconds/ranks": cpu}
+        | ({"memory/driver_gb": manifest["memory_gb"]} if "memory_gb" in manifest else {})
     )
 
 
-def save_if_due(run: Run, step: int, last: bool) -> None:
-    """Save after `step` updates when the configuration asks for it; complete an earlier asynchronous save."""
+def is_save_due(run: Run, step: int) -> bool:
+    """Whether to save after `step` updates."""
     config = run.config.checkpoint
-    if (config.every and step % config.every == 0) or (last and config.at_end):
-        run.checkpoints.save(step, run.rollout_state, wait=last)
-        # Resuming from the oldest kept checkpoint replays the journal from there on.
-        run.source.prune(step - config.every * (config.keep - 1))
-    else:
-        run.checkpoints.finish(wait=False)
+    return bool(config.every and step % config.every == 0) or (config.at_end and step == run.config.num_steps)
+
+
+def save(run: Run, step: int) -> None:
+    """Begin a checkpoint; it is completed at the start of a later step, or after the last."""
+    config = run.config.checkpoint
+    run.checkpoints.save(step, run.rollout_state)
+    # Resuming from the oldest kept checkpoint replays the journal from there on; this one is not complete yet.
+    run.source.prune(step - config.every * max(config.keep - 1, 1))
 
 
 def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
@@ -101,8 +108,9 @@ def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
     times = run.timer.read()
     compute = sum(times.get(f"seconds/{name}", 0.0) for name in _COMPUTE[:-1])
     update = times.get("seconds/actor_update", 0.0)
-    slots = [f"seconds/{name}" for name in _COMPUTE]
-    own = [times.get(name, 0.0) for name in slots] + [compute, update, peak_memory_gb(run.world.device)]
+    slots = [f"{unit}/{name}" for unit in ("seconds", "tokens") for name in _COMPUTE]
+    peak = run.timer.peak_gb or peak_memory_gb(run.world.device)
+    own = [times.get(name, 0.0) for name in slots] + [compute, update, peak]
     worst = exchange.max_vector(torch.tensor(own, dtype=torch.float64, device=run.world.device))
     if run.metrics is None or run.progress is None:
         return

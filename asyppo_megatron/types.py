@@ -18,6 +18,10 @@ import numpy as np
 import torch
 
 
+class RunError(RuntimeError):
+    """An end of a run that its message explains in full: what was found, and what to do."""
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One response to one prompt, as an engine generated it and a verifier scored it.

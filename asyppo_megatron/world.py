@@ -25,12 +25,12 @@ from asyppo_megatron.roles.actor import Actor
 from asyppo_megatron.roles.critic import Critic
 from asyppo_megatron.roles.reference import Reference
 from asyppo_megatron.roles.role import Role, skip_optimizer_construction
-from asyppo_megatron.types import PackedBatch, Scores, Targets
+from asyppo_megatron.types import PackedBatch, RunError, Scores, Targets
 
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss, gradient, logprob or value is NaN or infinite."""
 
 

@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "numpy", "megatron-core", "triton", "transformers", "sglang")
+PACKAGES = ("torch", "numpy", "megatron-core", "transformer-engine", "triton", "transformers", "sglang")
 
 
 def describe_machine(*, with_gpu: bool = False) -> dict:

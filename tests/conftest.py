@@ -8,6 +8,8 @@ import os
 # one when several processes share few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Counting GPUs must not start CUDA: tests fork, and CUDA would not survive it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import importlib.util
 import platform
@@ -28,11 +30,26 @@ _deselected: Counter[str] = Counter()
 _started = time.monotonic()
 
 
+_no_gpu = ""  # why tests that need a GPU are skipped
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m gpu` sees a GPU: every other test is one of the CPU path, with more ranks than there are GPUs."""
+    global _no_gpu
+    wanted = "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
+    count = torch.cuda.device_count()
+    if not count:
+        _no_gpu = "no CUDA device"
+    elif not wanted:
+        _no_gpu = "runs with -m gpu only (make test-gpu)"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what this machine lacks are skipped, and say what it is."""
     missing = {}
-    if not torch.cuda.is_available():
-        missing["gpu"] = "no CUDA device"
+    if _no_gpu:
+        missing["gpu"] = _no_gpu
     if importlib.util.find_spec("sglang") is None:
         missing["sglang"] = "SGLang not installed"
     for item in items:

@@ -71,18 +71,25 @@ def _empty(directory: Path) -> None:
 
 
 def _commit(partial: Path, target: Path) -> None:
-    sync_directory(partial)
+    sync_files(partial)
+    sync(partial)
     old = target.parent / f".{target.name}.old"
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     partial.rename(target)
-    sync_directory(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames and new files in a directory survive a power loss."""
+def sync_files(directory: Path) -> None:
+    """Wait until what has been written to the files of a directory is on the device."""
+    for file in directory.iterdir():
+        sync(file)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, survive a power loss."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

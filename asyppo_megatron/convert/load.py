@@ -11,7 +11,7 @@ from torch import nn
 from asyppo_megatron.convert.hf_io import HFCheckpoint, check_checkpoint
 from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
 from asyppo_megatron.convert.names import named_parameters
-from asyppo_megatron.convert.shards import merge, shard
+from asyppo_megatron.convert.shards import shard
 from asyppo_megatron.convert.table import Entry, Role, entries
 from asyppo_megatron.models.spec import ModelSpec
 
@@ -126,7 +126,6 @@ def load_megatron(
     parameters = named_parameters(model, expert_offset)
     held = stage_entries(model, spec, role, expert_offset)
     for name, entry in held.items():
-        full = merge(entry.kind, [checkpoint.read(entry.name)], spec)
-        part = shard(entry.kind, full, tp_rank, tp_size, spec)
+        part = shard(entry.kind, checkpoint.read_hf(entry.name), tp_rank, tp_size, spec)
         _fill(name, parameters[name], part, f"for tp {tp_rank} of {tp_size}")
     return LoadReport(tuple(held), (), ())

@@ -12,7 +12,7 @@ from torch import Tensor
 from asyppo_megatron.convert.names import checkpoint_keys
 from asyppo_megatron.convert.rows import Kind
 from asyppo_megatron.convert.safetensors_file import TensorInfo
-from asyppo_megatron.convert.shards import shard
+from asyppo_megatron.convert.shards import merge, shard
 from asyppo_megatron.convert.table import Entry, Role, Shape, entries
 from asyppo_megatron.convert.torch_dist import Chunk, DataFile, Stored, read_chunk, read_metadata, write_metadata
 from asyppo_megatron.models.spec import ModelSpec
@@ -100,24 +100,35 @@ class MegatronCheckpoint:
         """Shape (vocabulary padding excluded) and dtype of a parameter."""
         return TensorInfo(megatron_shape(self.entries[name], self.spec), self._stored[name].dtype)
 
-    def read(self, name: str) -> Tensor:
-        """A whole parameter by canonical name; mapped where one chunk holds it. Do not write to it."""
+    def read_hf(self, name: str) -> list[Tensor]:
+        """A parameter as its Hugging Face tensors; mapped where one chunk holds one. Do not write to them."""
+        entry = self.entries[name]
+        if entry.kind is not Kind.GATE_UP:
+            return merge(entry.kind, [self._read(name, 0, None)], self.spec)
+        rows = entry.hf[0][1][0]
+        return [self._read(name, 0, rows), self._read(name, rows, 2 * rows)]
+
+    def _read(self, name: str, first: int, last: int | None) -> Tensor:
+        """Rows [first, last) of a whole parameter, put together from its chunks."""
         stored, index = self._stored[name], self._index[name]
         rest = stored.shape[len(index) :]
+        last = rest[0] if last is None else last
+        shape = (last - first, *rest[1:])
         whole: Tensor | None = None
         for chunk in self._chunks[name]:
+            start, size = chunk.start[len(index) :], chunk.shape[len(index) :]
+            if start[0] >= last or start[0] + size[0] <= first:
+                continue
             part = read_chunk(self.path, chunk, stored.dtype)
             part = part[tuple(i - s for i, s in zip(index, chunk.start, strict=False))]
-            if part.shape == rest:
+            part = part[max(first - start[0], 0) : last - start[0]]
+            if part.shape == shape:
                 return part
-            whole = torch.empty(rest, dtype=stored.dtype) if whole is None else whole
-            box = zip(chunk.start[len(index) :], part.shape, strict=True)
-            whole[tuple(slice(s, s + n) for s, n in box)] = part
-        assert whole is not None, name  # _check counted the elements
+            whole = torch.empty(shape, dtype=stored.dtype) if whole is None else whole
+            begin = (max(start[0] - first, 0), *start[1:])
+            whole[tuple(slice(s, s + n) for s, n in zip(begin, part.shape, strict=True))] = part
+        assert whole is not None, name  # the elements were counted
         return whole
-
-    def file(self, name: str) -> Path:
-        return self.path / self._chunks[name][0].file
 
 
 def _leading(name: str, spec: ModelSpec) -> tuple[str, Shape, Shape]:

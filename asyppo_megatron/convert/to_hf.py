@@ -13,7 +13,6 @@ from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
 from asyppo_megatron.convert.pool import default_processes, run_split
 from asyppo_megatron.convert.progress import Progress
 from asyppo_megatron.convert.safetensors_file import SafetensorsFile, TensorInfo
-from asyppo_megatron.convert.shards import merge
 from asyppo_megatron.convert.table import Role
 
 
@@ -41,7 +40,7 @@ def megatron_to_hf(
     Raises:
         ValueError, OSError: naming the tensor or file; `target` is as it was.
     """
-    spec, table = source.spec, list(source.entries.values())
+    table = list(source.entries.values())
     infos = {n: TensorInfo(shape, dtype or source.info(e.name).dtype) for e in table for n, shape in e.hf}
     plan = plan_files(infos, max_file_bytes)
     names = {file_name(i, len(plan)): tensors for i, tensors in enumerate(plan)}
@@ -54,8 +53,7 @@ def megatron_to_hf(
         def work(index: int, items: range, report: Callable[[int], None]) -> None:
             files = {n: file for file in open_files(create=False).values() for n in file.tensors}
             for i in items:
-                full = merge(table[i].kind, [source.read(table[i].name)], spec)
-                for (name, _), tensor in zip(table[i].hf, full, strict=True):
+                for (name, _), tensor in zip(table[i].hf, source.read_hf(table[i].name), strict=True):
                     files[name].write(name, tensor.to(infos[name].dtype))
                 report(sizes[i])
 

@@ -15,7 +15,7 @@ from asyppo_megatron.convert.hf_io import HFCheckpoint, check_checkpoint, write_
 from asyppo_megatron.convert.megatron_io import write_checkpoint_metadata, write_objects, write_parameter
 from asyppo_megatron.convert.pool import default_processes, run_split
 from asyppo_megatron.convert.progress import Progress
-from asyppo_megatron.convert.safetensors_file import TensorInfo
+from asyppo_megatron.convert.safetensors_file import TensorInfo, prefault
 from asyppo_megatron.convert.table import Entry, Role, entries, hf_tensors
 from asyppo_megatron.convert.torch_dist import Chunk, DataFile
 from asyppo_megatron.models.spec import ModelSpec
@@ -70,7 +70,7 @@ class HFSource:
     def read(self, name: str) -> Tensor:
         """A tensor of this role, mapped from its file where it needs no change."""
         if name in self.checkpoint:
-            tensor = self.checkpoint.read(name)
+            tensor = prefault(self.checkpoint.read(name))
         else:
             weight, bias = initial_value_head(self.spec.hidden_size, self._head_seed)
             tensor = weight if name == "score.weight" else bias  # a head without a bias gets a zero one

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from asyppo_megatron.convert.safetensors_file import named_os_errors, raw_bytes
+from asyppo_megatron.convert.safetensors_file import named_os_errors, prefault, raw_bytes
 
 _ALIGNMENT = 64  # torch.save aligns data within an archive: with aligned archives a reader can map it
 _BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
@@ -158,7 +158,7 @@ def read_chunk(directory: Path, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     size = torch.Size(chunk.shape).numel()
     flat = torch.tensor([], dtype=dtype).set_(storage, (chunk.offset + begin) // dtype.itemsize, (size,))
-    return flat.view(chunk.shape)
+    return prefault(flat).view(chunk.shape)
 
 
 def _data_offset(window: _Window, size: int) -> int | None:
@@ -207,9 +207,8 @@ class DataFile:
         return Chunk("", (), (), self.path.name, *self._append([None]))
 
     def close(self) -> None:
-        with named_os_errors(self.path), self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        with named_os_errors(self.path):
+            self._file.close()
 
 
 def write_metadata(directory: Path, tensors: dict[str, Stored], objects: Iterable[Chunk]) -> None:

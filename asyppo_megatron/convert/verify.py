@@ -12,7 +12,6 @@ from torch import Tensor
 from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
 from asyppo_megatron.convert.pool import run_split
 from asyppo_megatron.convert.progress import Progress
-from asyppo_megatron.convert.shards import merge
 from asyppo_megatron.convert.table import hf_tensors
 from asyppo_megatron.models.spec import ModelSpec
 
@@ -52,8 +51,7 @@ def check_tensors(
     def work(index: int, items: range, report: Callable[[int], None]) -> int:
         count = 0
         for i in items:
-            full = merge(table[i].kind, [megatron.read(table[i].name)], megatron.spec)
-            for (name, _), tensor in zip(table[i].hf, full, strict=True):
+            for (name, _), tensor in zip(table[i].hf, megatron.read_hf(table[i].name), strict=True):
                 if not _same(tensor.to(to_hf_dtype or tensor.dtype), hf.read(name)):
                     raise ValueError(f"verify: {name}: differs from {table[i].name}; do not use the result")
                 count += 1

@@ -18,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from .rope import inverse_frequencies, rotate
 
+FLASH_MULTIPLE = 8  # of head dimensions that flash kernels accept
+
 
 @dataclass
 class PackGeometry:
@@ -120,13 +122,12 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        repeat = query.size(1) // key.size(1)
-        if repeat > 1:
+        repeat, head_dim = query.size(1) // key.size(1), query.size(2)
+        if repeat > 1:  # not by `enable_gqa`, which torch 2.11 does not have
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        missing = -head_dim % FLASH_MULTIPLE  # zeros change no score, and their outputs are cut off
         out = varlen_attn(
-            query,
-            key,
-            value,
+            *(F.pad(x, (0, missing)) if missing else x for x in (query, key, value)),
             params.cu_seqlens_q,
             params.cu_seqlens_kv,
             params.max_seqlen_q,
@@ -134,7 +135,7 @@ class PackedAttention(MegatronModule):
             scale=self.scale,
             window_size=(-1, 0),
         )
-        return out.flatten(1)
+        return out[..., :head_dim].flatten(1)
 
     def _dense(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, geometry: PackGeometry

@@ -11,12 +11,19 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from asyppo_megatron.backend import has_transformer_engine
 from asyppo_megatron.config import LayoutConfig
-from asyppo_megatron.models.attention import PackedAttention
+from asyppo_megatron.models.attention import FLASH_MULTIPLE, PackedAttention
 from asyppo_megatron.models.rope import inverse_frequencies
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.models.value_head import ValueHead
@@ -31,6 +38,25 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # summed over tp
+
+
+class Model(GPTModel):
+    """GPTModel whose checkpoint entry of a tied output layer does not ask `parallel_state` for this rank's place."""
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict: dict[str, Any], output_key: str, embedding_key: str, metadata: Any = None
+    ) -> None:
+        if self.pre_process or not self.post_process:
+            return  # the embedding itself, or no output layer
+        dp_cp = self.pg_collection.dp_cp
+        sharded_state_dict[output_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=embedding_key,
+            replica_id=(1, 0, dp_cp.rank()),  # 1: a copy of the first stage's
+            allow_shape_mismatch=True,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=dp_cp,
+        )
 
 
 def transformer_config(
@@ -83,9 +109,17 @@ def _recompute(mode: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective"} if mode == "selective" else {}
 
 
+def _has_te_attention(config: TransformerConfig, spec: ModelSpec) -> bool:
+    """Whether Transformer Engine has a kernel for these packs: its fused ones take neither fp32 nor odd head sizes."""
+    return has_transformer_engine() and config.params_dtype == torch.bfloat16 and spec.head_dim % FLASH_MULTIPLE == 0
+
+
 def _layer_specs(config: TransformerConfig, spec: ModelSpec, pp_rank: int) -> Any:
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
+        fused = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
+        if not _has_te_attention(config, spec):
+            fused.submodules.self_attention.submodules.core_attention = PackedAttention
+        return fused
     layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchRMSNorm
@@ -106,8 +140,8 @@ def build_model(
         value_head: replace the language head by a scalar head (a critic).
         trainable: False for a frozen model: no gradients are kept.
     """
-    te = has_transformer_engine()
-    model = GPTModel(
+    te_attention = _has_te_attention(config, spec)
+    model = Model(
         config=config,
         transformer_layer_spec=_layer_specs(config, spec, groups.at.pp),
         vocab_size=spec.padded_vocab(groups.layout.tp),
@@ -115,16 +149,30 @@ def build_model(
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
         share_embeddings_and_output_weights=spec.tied and not value_head,
-        # The local attention rotates by itself; Transformer Engine's fused rotation needs Megatron's table.
-        position_embedding_type="rope" if te else "none",
+        # Our attention rotates by itself; Transformer Engine's needs Megatron's table.
+        position_embedding_type="rope" if te_attention else "none",
         rotary_base=int(spec.rope_theta),
         pg_collection=groups.collection,
     )
-    if te:
+    if te_attention:
         table = inverse_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
         model.rotary_pos_emb.inv_freq = table.to(model.rotary_pos_emb.inv_freq.device)
+    _mark_sharded(model)
     if value_head and groups.is_last_stage:
         model.output_layer = ValueHead(config, groups.collection.tp)
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+def _mark_sharded(model: GPTModel) -> None:
+    """Mark the weights that tensor parallelism cuts: older Megatron-Core does so only where it initialises them.
+
+    An unmarked weight counts as a replica: gradient norms, and so clipping, would leave out all shards but the first.
+    """
+    for module in model.modules():
+        is_row = isinstance(module, RowParallelLinear)
+        if is_row or isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, 1 if is_row else 0, 1)

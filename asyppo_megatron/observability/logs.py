@@ -27,6 +27,11 @@ class _LineClearingHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+def _is_for_a_person(record: logging.LogRecord) -> bool:
+    """Ours, and others' errors; Megatron alone has a dozen warnings at every start."""
+    return record.name.split(".")[0] == PACKAGE_LOGGER or record.levelno >= logging.ERROR
+
+
 def configure_logging(
     run_dir: Path | None,
     process: str,
@@ -35,12 +40,13 @@ def configure_logging(
     rank: int = 0,
     level: int | str = logging.INFO,
     stream: TextIO | None = None,
+    has_progress: bool = True,
 ) -> None:
     """Send this process's log to `run_dir/logs/<process>.log`, and what a person should see to stderr.
 
-    stderr gets warnings; of rank 0 also INFO when it is not a terminal (there the progress line says it). Other
-    packages are heard from WARNING on, Python warnings in the file only. Call it again once the role is known: it
-    replaces what it set before.
+    stderr gets this package's warnings; of rank 0 also INFO when it is not a terminal (there the progress line says
+    it). Other packages are heard from WARNING on, in the file; on stderr from ERROR on. Call it again once the role
+    is known: it replaces what it set before.
 
     Args:
         run_dir: None for no file.
@@ -49,6 +55,7 @@ def configure_logging(
         rank: rank in the training world; 0 for a process that speaks for itself.
         level: lowest level of this package's messages.
         stream: instead of stderr.
+        has_progress: a progress line tells what INFO would; without one INFO goes to a terminal too.
     """
     stream = sys.stderr if stream is None else stream
     root = logging.getLogger()
@@ -59,8 +66,9 @@ def configure_logging(
     formatter = logging.Formatter(LINE.format(prefix=prefix.replace("%", "%%") + " " if prefix else ""))
 
     terminal = _LineClearingHandler(stream)
-    terminal.setLevel(logging.INFO if rank == 0 and not stream.isatty() else logging.WARNING)
-    terminal.addFilter(lambda record: record.name != "py.warnings" or run_dir is None)
+    terminal.setLevel(logging.INFO if rank == 0 and not (has_progress and stream.isatty()) else logging.WARNING)
+    if run_dir is not None:
+        terminal.addFilter(_is_for_a_person)
     handlers: list[logging.Handler] = [terminal]
     if run_dir is not None:
         path = run_dir / "logs" / f"{process}.log"
@@ -70,6 +78,9 @@ def configure_logging(
         handler.setFormatter(formatter)
         setattr(handler, _OURS, True)
         root.addHandler(handler)
+    torch_logger = logging.getLogger("torch")  # has a handler of its own for stderr once torch is imported
+    torch_logger.handlers.clear()
+    torch_logger.propagate = True
     root.setLevel(logging.WARNING)
     logging.getLogger(PACKAGE_LOGGER).setLevel(level)
     logging.captureWarnings(True)

@@ -14,18 +14,22 @@ class PhaseTimer:
 
     On a CUDA device a phase lies between two events on the current stream, so its seconds are those of the device's
     work (and of the host, where the device waited for it). Nothing synchronises until `read`, which waits for the last
-    event only. Elsewhere the clock of the host is read. Phases may nest; each counts in full.
+    event only; the peak of allocated memory is kept by phase too. Elsewhere the clock of the host is read, and memory
+    has no peak that could be reset. Phases may nest; each counts in full.
 
     Args:
         device: where the phases compute; only its type matters.
     """
 
     def __init__(self, device: torch.device):
-        self._on_cuda = device.type == "cuda"
+        self._on_cuda, self._device = device.type == "cuda", device
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._free: list[torch.cuda.Event] = []
+        self._open: list[str] = []
+        self._peaks: dict[str, float] = {}
+        self._peak_of_all = 0.0
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
@@ -38,11 +42,15 @@ class PhaseTimer:
         if tokens:
             self.count(name, tokens)
         if self._on_cuda:
+            self._note_peak()
+            self._open.append(name)
             start = self._record()
             try:
                 yield
             finally:
                 self._pending.append((name, start, self._record()))
+                self._note_peak()
+                self._open.remove(name)
         else:
             began = time.perf_counter()
             try:
@@ -59,7 +67,10 @@ class PhaseTimer:
         self._tokens[name] = self._tokens.get(name, 0) + tokens
 
     def read(self) -> dict[str, float]:
-        """`seconds/<phase>` and `tokens/<phase>` since the last read, in order of first use; starts again from zero."""
+        """`seconds/<phase>`, `tokens/<phase>` and, on a CUDA device, `memory/<phase>_gb` (peak allocated, GiB).
+
+        Since the last read, in order of first use; starts again from zero.
+        """
         if self._pending:
             self._pending[-1][2].synchronize()  # recorded last on this stream: the others are complete then
         for name, start, end in self._pending:
@@ -68,8 +79,24 @@ class PhaseTimer:
             self._free += [start, end]
         row: dict[str, float] = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
         row.update({f"tokens/{name}": tokens for name, tokens in self._tokens.items()})
-        self._pending, self._seconds, self._tokens = [], {}, {}
+        row.update({f"memory/{name}_gb": peak for name, peak in self._peaks.items()})
+        self._pending, self._seconds, self._tokens, self._peaks = [], {}, {}, {}
         return row
+
+    @property
+    def peak_gb(self) -> float:
+        """Highest allocated memory of the device since the timer was made, GiB; 0 elsewhere."""
+        if self._on_cuda:
+            self._note_peak()
+        return self._peak_of_all
+
+    def _note_peak(self) -> None:
+        """Credit the peak since the last note to every open phase; reads a counter of the host."""
+        peak = torch.cuda.max_memory_allocated(self._device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self._device)
+        for name in self._open:
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        self._peak_of_all = max(self._peak_of_all, peak)
 
     def _record(self) -> torch.cuda.Event:
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)

@@ -112,10 +112,12 @@ class Role:
 
     def step(self) -> tuple[float, float]:
         """One optimizer step. Returns the gradient norm before clipping and the learning rate."""
-        lr = learning_rate(self.config.optimizer, self.updates, self.total_updates)
-        for group in self.optimizer.param_groups:
+        config = self.config.optimizer
+        lr = learning_rate(config, self.updates, self.total_updates)
+        for group in self.optimizer.param_groups:  # a checkpoint may have brought those of another configuration
             group["lr"] = lr
-            group["weight_decay"] = self.config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+            group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+            group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
         _, norm, _ = self.optimizer.step()
         self.updates += 1
         return float(norm), lr
@@ -130,8 +132,10 @@ def _optimizer_config(config: RoleConfig) -> MegatronOptimizerConfig:
     bf16 = config.precision == "bf16"
     return MegatronOptimizerConfig(
         optimizer="adam",
-        lr=o.lr,
-        min_lr=o.min_lr,
+        # Rates are set at every step. Given here, they would become part of a parameter group's identity in Megatron,
+        # and a run could not be resumed with another rate.
+        lr=0.0,
+        min_lr=0.0,
         weight_decay=o.weight_decay,
         adam_beta1=o.beta1,
         adam_beta2=o.beta2,

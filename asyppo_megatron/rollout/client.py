@@ -19,6 +19,7 @@ import torch
 from asyppo_megatron.backend.scratch import ScratchDirectory, remove_abandoned
 from asyppo_megatron.config import Config
 from asyppo_megatron.rollout.server import driver_main
+from asyppo_megatron.types import RunError
 
 CONNECT_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 600.0
@@ -27,7 +28,7 @@ ANSWER_TIMEOUT_S = 120.0  # for what the driver answers from memory
 CLOSE_TIMEOUT_S = 10.0
 
 
-class RolloutError(RuntimeError):
+class RolloutError(RunError):
     """The driver answered with an error, did not answer in time, or died."""
 
 
@@ -135,7 +136,12 @@ class DriverHandle:
 
     client: DriverClient
     process: BaseProcess
-    directory: ScratchDirectory
+    scratch: ScratchDirectory
+
+    @property
+    def directory(self) -> Path:
+        """Where its socket is."""
+        return self.scratch.path
 
     def close(self) -> None:
         """End the driver, politely first."""
@@ -147,7 +153,7 @@ class DriverHandle:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        self.directory.close()
+        self.scratch.close()
 
 
 def start_driver(config: Config, run_dir: Path, start_method: str | None = None) -> DriverHandle:
@@ -163,11 +169,12 @@ def start_driver(config: Config, run_dir: Path, start_method: str | None = None)
     """
     method = start_method or ("spawn" if torch.cuda.is_available() else "fork")
     remove_abandoned()  # of runs that were killed
-    directory = ScratchDirectory(Path(tempfile.gettempdir()), "socket")  # short: a socket's path has 107 bytes
-    socket_path = directory.path / "driver"
+    scratch = ScratchDirectory(Path(tempfile.gettempdir()), "socket")  # short: a socket's path has 107 bytes
+    socket_path = scratch.path / "driver"
     process = multiprocessing.get_context(method).Process(
         target=driver_main, args=(config, run_dir, socket_path, os.getpid()), name="rollout-driver", daemon=True
     )
     process.start()
-    client = DriverClient(socket_path, run_dir / "logs" / "driver.log", is_alive=process.is_alive)
-    return DriverHandle(client, process, directory)
+    patience = START_TIMEOUT_S if method == "spawn" else CONNECT_TIMEOUT_S  # imports from a cold disk take minutes
+    client = DriverClient(socket_path, run_dir / "logs" / "driver.log", patience, process.is_alive)
+    return DriverHandle(client, process, scratch)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config
 from asyppo_megatron.rewards import build_verifier
 from asyppo_megatron.rollout import journal
@@ -32,13 +33,18 @@ from asyppo_megatron.types import pack_trajectories
 log = logging.getLogger(__name__)
 
 
+def engine_device() -> torch.device:
+    """Where the embedded engine of this process computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def build_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
     """The engine that `rollout.engine` names, in the actor's precision, without weights yet.
 
     Args:
         model_dir: whose architecture it has; `actor.model` by default.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = engine_device()
     dtype = torch.bfloat16 if config.actor.precision == "bf16" else torch.float32
     return EmbeddedEngine(model_dir or config.actor.model, dtype, device, config.rollout.max_batch)
 
@@ -190,7 +196,12 @@ class RolloutDriver:
         journal.write_step(
             self._run_dir,
             pack_trajectories(trajectories, step),
-            {**identity, "rollout_state_after": after, "statistics": statistics},
+            {
+                **identity,
+                "rollout_state_after": after,
+                "statistics": statistics,
+                "memory_gb": peak_memory_gb(engine_device()),
+            },
             sample_rows(problems, trajectories, scores.responses, journal.SAMPLES_SHOWN),
         )
         log.info("step %d: %s", step, json.dumps(statistics))

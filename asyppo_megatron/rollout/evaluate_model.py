@@ -91,10 +91,11 @@ def _errors(config: Config, model_dir: Path, tokenizer_dir: Path) -> list[str]:
         except ValueError as e:
             errors.append(f"--model: {e}")
         else:
-            if config.rollout.max_prompt_tokens + limit > positions:
+            needed = config.rollout.max_prompt_tokens + limit
+            if needed > positions:
                 errors.append(
-                    f"--model: got {positions} positions, need {config.rollout.max_prompt_tokens + limit} for prompt and "
-                    "response; lower rollout.max_prompt_tokens or eval.max_response_tokens"
+                    f"--model: got {positions} positions, need {needed} for prompt and response; lower "
+                    "rollout.max_prompt_tokens or eval.max_response_tokens"
                 )
         if not any(model_dir.glob("*.safetensors")):
             errors.append(f"--model: {model_dir} has no *.safetensors file; export the model first")

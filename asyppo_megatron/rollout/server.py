@@ -69,7 +69,7 @@ def _answer(driver: RolloutDriver | Exception, line: bytes) -> tuple[dict[str, A
         command = json.loads(line)
         name = command.pop("op")
         if isinstance(driver, Exception):
-            return {"ok": False, "error": f"rollout driver did not start: {describe_error(driver)}"}, True
+            return {"ok": False, "error": f"did not start: {describe_error(driver)}"}, True
         if name == "shutdown":
             return {"ok": True}, True
         if name not in COMMANDS:

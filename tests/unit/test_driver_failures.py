@@ -50,7 +50,7 @@ def test_an_error_in_generation_is_told_by_wait(demo, drivers, tmp_path):
 )
 def test_a_driver_that_cannot_start_says_why_and_ends(demo, drivers, tmp_path, change, message):
     handle = drivers.start(configure(demo, **change), tmp_path)
-    with pytest.raises(RolloutError, match=f"rollout driver did not start: .*{message}"):
+    with pytest.raises(RolloutError, match=f"rollout driver: did not start: .*{message}"):
         handle.client.hello()
     handle.process.join(10)
     assert handle.process.exitcode == 0

@@ -16,7 +16,7 @@ PACKAGE = "asyppo_megatron"
 
 # From the top down; a module may import from its own layer and from those below.
 LAYERS = [
-    {"__main__", "cli", "demo", "train", "world", "sft", "evaluate", "preflight", "launch"},
+    {"__main__", "cli", "demo", "train", "run", "world", "sft", "prepare", "preflight", "launch"},
     {"roles", "rollout", "weight_sync", "checkpoint", "observability"},
     {"models", "kernels", "convert", "rewards"},
     {"parallel", "backend", "ppo", "packing"},

@@ -251,7 +251,7 @@ def test_the_file_gets_everything_and_stderr_what_a_person_should_see(
     assert any("deprecated" in line for line in lines)
     assert ("hello" in stream.getvalue()) == informed
     assert "careful" in stream.getvalue()
-    assert "theirs" in stream.getvalue()
+    assert "theirs" not in stream.getvalue()
     assert "deprecated" not in stream.getvalue()
     assert stream.getvalue().startswith("\r\x1b[K") == terminal
 

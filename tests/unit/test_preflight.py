@@ -1,0 +1,130 @@
+"""What is checked about files before any process is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyppo_megatron.config import Config, ConfigError, build_config
+from asyppo_megatron.preflight import check_run
+
+
+def make_model(path: Path, *, weights: bool = True, tokenizer: bool = True, **changes: Any) -> Path:
+    """A directory that looks like a Hugging Face Qwen3."""
+    path.mkdir()
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    if weights:
+        (path / "model.safetensors").touch()
+    if tokenizer:
+        (path / "tokenizer.json").touch()
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path) -> dict[str, Any]:
+    """A run whose files are all there."""
+    row = json.dumps({"id": "a", "problem": "1+1", "answer": "2"}) + "\n"
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    make_model(tmp_path / "actor")
+    make_model(tmp_path / "critic", tokenizer=False)
+    return {
+        "actor": {"model": str(tmp_path / "actor"), "ranks": "0-1", "layout": {"tp": 2}},
+        "critics": [{"model": str(tmp_path / "critic"), "ranks": r} for r in (2, 3)],
+        "rollout": {"max_prompt_tokens": 32, "max_response_tokens": 32},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": [{"name": "e", "path": str(tmp_path / "eval.jsonl")}],
+        },
+    }
+
+
+def errors_of(tree: dict[str, Any]) -> list[str]:
+    config: Config = build_config(tree)
+    with pytest.raises(ConfigError) as caught:
+        check_run(config)
+    return caught.value.errors
+
+
+def test_a_run_with_all_its_files_passes(tree):
+    check_run(build_config(tree))
+
+
+def test_the_layout_must_divide_the_model(tree):
+    tree["actor"].update(ranks="0-7", layout={"tp": 4})
+    for i, critic in enumerate(tree["critics"]):
+        critic["ranks"] = i
+    assert errors_of(tree) == ["actor.layout.tp: got 4, need a divisor of the model's num_kv_heads 2; lower tp"]
+    tree["actor"].update(ranks="0-3", layout={"pp": 4})
+    assert errors_of(tree) == ["actor.layout.pp: got 4, need a divisor of the model's num_layers 2; change pp"]
+
+
+def test_missing_files_are_all_named_at_once(tree, tmp_path):
+    tree["actor"]["model"] = "/nowhere"
+    tree["critics"][1]["model"] = str(make_model(tmp_path / "empty", weights=False))
+    tree["data"]["train"] = str(tmp_path / "none.jsonl")
+    tree["data"]["eval"][0]["path"] = str(tmp_path)
+    tree["reward"] = {"kind": "exact", "answer_pattern": "no group"}
+    assert errors_of(tree) == [
+        "actor.model: /nowhere/config.json: got No such file or directory, need a readable file; point at a Hugging "
+        "Face model directory",
+        f"critics.1.model: {tmp_path / 'empty'} has no *.safetensors file; convert the checkpoint first",
+        f"data.train: {tmp_path / 'none.jsonl'} does not exist",
+        f"data.eval e: {tmp_path} does not exist",
+        "reward.answer_pattern: got 'no group', need a group (...) around the answer",
+        "data.tokenizer: /nowhere has no tokenizer.json or tokenizer_config.json",
+    ]
+
+
+def test_wrong_rows_are_named_by_set_file_and_line(tree, tmp_path):
+    train, evaluation = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    with train.open("a") as file:
+        file.write('{"id": "b", "problem": "1"}\n{not json\n')
+    evaluation.write_text("")
+    first, second, third = errors_of(tree)
+    assert first == f"data.train: {train}:2: answer: missing"
+    assert second.startswith(f"data.train: {train}:3: is not JSON: ")
+    assert third == f"data.eval e: {evaluation}: got no problems, need lines of {{id, problem, answer}}"
+
+
+def test_the_longest_sequence_must_fit_every_model(tree, tmp_path):
+    tree["critics"][0]["model"] = str(make_model(tmp_path / "short", max_position_embeddings=48))
+    assert errors_of(tree) == [
+        "critics.0.model: got 48 positions, need 64 for rollout.max_prompt_tokens + max_response_tokens; lower them "
+        "or choose another model"
+    ]
+
+
+def test_a_critic_must_know_the_actors_vocabulary(tree, tmp_path):
+    tree["critics"][0]["model"] = str(make_model(tmp_path / "small", vocab_size=50))
+    assert errors_of(tree) == [
+        "critics.0.model: got a vocabulary of 50, need at least the actor's 100; it reads the actor's tokens"
+    ]
+
+
+def test_a_reference_model_is_checked_like_the_actor(tree, tmp_path):
+    tree["ppo"] = {"kl": {"coef": 0.1}}
+    tree["reference"] = {"model": "/nowhere"}
+    (error,) = errors_of(tree)
+    assert error.startswith("reference.model: /nowhere/config.json: got No such file or directory")
+
+
+def test_checking_needs_neither_torch_nor_megatron():
+    code = "import asyppo_megatron.preflight, asyppo_megatron.cli, sys; print({'torch', 'megatron'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
