@@ -99,8 +99,9 @@ def save(run: Run, step: int) -> None:
     """Begin a checkpoint; it is completed at the start of a later step, or after the last."""
     config = run.config.checkpoint
     run.checkpoints.save(step, run.rollout_state)
-    # Resuming from the oldest kept checkpoint replays the journal from there on; this one is not complete yet.
-    run.source.prune(step - config.every * max(config.keep - 1, 1))
+    if config.every:
+        # Resuming from the oldest kept checkpoint replays the journal from there on; this one is not complete yet.
+        run.source.prune(step - config.every * max(config.keep - 1, 1))
 
 
 def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:

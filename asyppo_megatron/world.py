@@ -57,7 +57,9 @@ class World:
         self._build_actor()
         for index, critic in enumerate(config.critics):
             self._build_critic(index, critic)
-        self._flags = torch.zeros(len(config.roles()), dist.get_world_size(), dtype=torch.float64, device=device)
+        # Of scores (0) and of updates (1): by role and rank, whether something was not finite.
+        shape = (2, len(config.roles()), dist.get_world_size())
+        self._flags = torch.zeros(shape, dtype=torch.float64, device=device)
 
     # --- building
 
@@ -218,11 +220,11 @@ class World:
 
     def _guard(self, name: str, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for value in scores.values():
-            self._flag(name, ~torch.isfinite(value).all())
+            self._flag(0, name, ~torch.isfinite(value).all())
         return scores
 
-    def _flag(self, name: str, bad: torch.Tensor) -> None:
-        self._flags[list(self.config.roles()).index(name), self.rank] += bad
+    def _flag(self, what: int, name: str, bad: torch.Tensor) -> None:
+        self._flags[what, list(self.config.roles()).index(name), self.rank] += bad
 
     def metrics(self, step: int, extra: Sequence[float]) -> tuple[dict[str, float], list[float]]:
         """The step's role metrics on every rank, and the world's sums of `extra`; one collective, one host read.
@@ -238,7 +240,7 @@ class World:
             width = len(actor_module.SUMS if name == "actor" else critic_module.SUMS)
             own = sums.get(name, torch.zeros(width, dtype=torch.float64, device=self.device))
             if name in sums:
-                self._flag(name, ~torch.isfinite(own).all())
+                self._flag(1, name, ~torch.isfinite(own).all())
             parts.append(torch.nan_to_num(own))
         more = torch.tensor(list(extra), dtype=torch.float64, device=self.device)
         values = exchange.sum_vector(torch.cat([*parts, more, self._flags.flatten()]))
@@ -256,7 +258,8 @@ class World:
         return metrics, values[: len(extra)]
 
     def _raise_if_flagged(self, step: int, flags: list[float]) -> None:
-        size = self._flags.size(1)
+        size, half = self._flags.size(2), len(flags) // 2
+        flags = flags[:half] if any(flags[:half]) else flags[half:]  # bad scores explain bad updates of other roles
         bad = [
             f"{name} on rank {i % size}"
             for i, (name, flag) in enumerate(

@@ -30,10 +30,15 @@ def check_target(target: Path, force: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_directory(target: Path, *, force: bool = False, durable: bool = True) -> Iterator[Path]:
     """A directory to fill: renamed to `target` when the block ends, removed when it raises.
 
     A killed process leaves `partial_path(target)` behind, which the next attempt empties; its lock dies with it.
+
+    Args:
+        target: the directory to make.
+        force: replace an existing one.
+        durable: wait until everything is on the device, so that a power loss cannot leave a target of empty files.
 
     Raises:
         ValueError: `target` exists and `force` is false, or another process is writing it.
@@ -46,6 +51,8 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         _empty(partial)
         yield partial
+        if durable:
+            sync_files(partial)
         _commit(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when committed
@@ -71,7 +78,6 @@ def _empty(directory: Path) -> None:
 
 
 def _commit(partial: Path, target: Path) -> None:
-    sync_files(partial)
     sync(partial)
     old = target.parent / f".{target.name}.old"
     if target.exists():

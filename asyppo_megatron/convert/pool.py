@@ -46,17 +46,13 @@ def run_split(
     Raises:
         ValueError, OSError: as the first process that failed raised it; the others are ended.
     """
-    context = multiprocessing.get_context("fork")
     running: dict[Connection, tuple[int, Any]] = {}
     results: dict[int, T] = {}
     done = 0
     try:
         for index, items in enumerate(split(sizes, processes)):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(work, index, items, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            running[ours] = (index, process)
+            pipe, process = _start(work, index, items)
+            running[pipe] = (index, process)
         while running:
             for pipe in wait(list(running), _POLL_S):
                 index, process = running[pipe]  # type: ignore[index]
@@ -76,6 +72,15 @@ def run_split(
             process.join()
     progress.close(done)
     return [results[i] for i in sorted(results)]
+
+
+def _start(work: Callable[..., Any], index: int, items: range) -> tuple[Connection, Any]:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(work, index, items, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
 
 
 def _messages(pipe: Any, process: Any) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
 from asyppo_megatron.convert.pool import default_processes, run_split
 from asyppo_megatron.convert.progress import Progress
 from asyppo_megatron.convert.safetensors_file import SafetensorsFile, TensorInfo
-from asyppo_megatron.convert.table import Role
+from asyppo_megatron.convert.table import Entry, Role
 
 
 def megatron_to_hf(
@@ -46,23 +46,35 @@ def megatron_to_hf(
     names = {file_name(i, len(plan)): tensors for i, tensors in enumerate(plan)}
     sizes = [sum(infos[n].num_bytes for n, _ in e.hf) for e in table]
     with atomic_directory(target, force=force) as partial:
-
-        def open_files(create: bool) -> dict[str, SafetensorsFile]:
-            return {name: SafetensorsFile(partial / name, tensors, create=create) for name, tensors in names.items()}
+        for file in _open(partial, names, create=True):
+            file.close()
 
         def work(index: int, items: range, report: Callable[[int], None]) -> None:
-            files = {n: file for file in open_files(create=False).values() for n in file.tensors}
-            for i in items:
-                for (name, _), tensor in zip(table[i].hf, source.read_hf(table[i].name), strict=True):
-                    files[name].write(name, tensor.to(infos[name].dtype))
-                report(sizes[i])
+            _write(source, [table[i] for i in items], _open(partial, names, create=False), report)
 
-        written = open_files(create=True)
         progress = Progress(f"{source.path.name} -> {target.name}", sum(sizes), quiet=quiet)
         run_split(work, sizes, processes=processes or default_processes(), progress=progress)
-        for file in written.values():
-            file.close()
         write_index(partial, names)
         write_sidecars(config_path, partial, role, next(iter(infos.values())).dtype)
         if check is not None:
             check(partial)
+
+
+def _open(directory: Path, names: Mapping[str, Mapping[str, TensorInfo]], *, create: bool) -> list[SafetensorsFile]:
+    return [SafetensorsFile(directory / name, tensors, create=create) for name, tensors in names.items()]
+
+
+def _write(
+    source: MegatronCheckpoint, entries: list[Entry], files: list[SafetensorsFile], report: Callable[[int], None]
+) -> None:
+    """Convert some parameters; several processes write to the same files, each its own tensors."""
+    file_of = {name: file for file in files for name in file.tensors}
+    for entry in entries:
+        done = 0
+        for (name, _), tensor in zip(entry.hf, source.read_hf(entry.name), strict=True):
+            info = file_of[name].tensors[name]
+            file_of[name].write(name, tensor.to(info.dtype))
+            done += info.num_bytes
+        report(done)
+    for file in files:
+        file.close()

@@ -119,13 +119,8 @@ def hf_to_megatron(
 
         def work(index: int, items: range, report: Callable[[int], None]) -> list[Chunk]:
             file = DataFile(partial / f"__{index}_0.distcp")
-            chunks = write_objects(file, spec) if index == 0 else []
-            for i in items:
-                tensors = [source.read(n) for n, _ in table[i].hf]
-                chunks += write_parameter(file, table[i], tensors, layout.tp, spec)
-                report(sizes[i])
-            file.close()
-            return chunks
+            objects = write_objects(file, spec) if index == 0 else []
+            return objects + _write(source, [table[i] for i in items], file, layout.tp, report)
 
         progress = Progress(f"{source_path.name} -> {target.name}", sum(sizes), quiet=quiet)
         results = run_split(work, sizes, processes=processes or default_processes(), progress=progress)
@@ -133,3 +128,15 @@ def hf_to_megatron(
         write_sidecars(source_path, partial, role, next(iter(dtypes.values())))
         if check is not None:
             check(partial)
+
+
+def _write(
+    source: HFSource, entries: list[Entry], file: DataFile, tp: int, report: Callable[[int], None]
+) -> list[Chunk]:
+    """Convert some parameters into one data file."""
+    chunks = []
+    for entry in entries:
+        chunks += write_parameter(file, entry, [source.read(n) for n, _ in entry.hf], tp, source.spec)
+        report(source.entry_bytes(entry))
+    file.close()
+    return chunks

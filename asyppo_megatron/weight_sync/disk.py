@@ -100,8 +100,12 @@ def push_to_directory(
             pending.close()
             _remove_others(target)
 
+    def begin() -> None:
+        if leads:  # not durable: after a power loss the weights are pushed again
+            pending.enter_context(atomic_directory(target, force=True, durable=False))
+
     with ExitStack() as pending:
-        together(group, device, lambda: pending.enter_context(atomic_directory(target, force=True)) if leads else 0)
+        together(group, device, begin)
         together(group, device, write)
         together(group, device, finish)
     return target

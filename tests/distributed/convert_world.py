@@ -162,17 +162,14 @@ def _build(case: Case, source: Path, registry: Any, ranks: int) -> tuple[Any, An
     return model, spec, groups, config
 
 
-def _sharded_state(model: Any, groups: Any) -> dict[str, Any]:
-    """Megatron's sharded state dict.
-
-    Megatron reads a global group when a tied model's last stage is not its first; it gets
-    the answer that the role's own group has.
-    """
-    from unittest import mock
+def _sharded_state(model: Any, groups: Any, prefix: str = "") -> dict[str, Any]:
+    """Megatron's sharded state dict, under a prefix as in a checkpoint of several models."""
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     metadata = {"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}
-    with mock.patch("megatron.core.parallel_state.get_data_parallel_rank", return_value=groups.at.dp):
-        return model.sharded_state_dict(metadata=metadata)
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    add_prefix_for_sharding(state, prefix)
+    return state
 
 
 def megatron_formats(case: Case, directory: Path, registry: Any, ranks: int) -> dict[str, Any]:
@@ -185,18 +182,47 @@ def megatron_formats(case: Case, directory: Path, registry: Any, ranks: int) -> 
 
     source, ours = directory / case.checkpoint, directory / "ours" / case.checkpoint
     model, spec, groups, _ = _build(case, source, registry, ranks)
-    loaded = dist_checkpointing.load({"model": _sharded_state(model, groups)}, str(ours))
+    loaded = dist_checkpointing.load(_sharded_state(model, groups), str(ours))
     model.load_state_dict(loaded["model"])
     export_hf(model, spec, directory / "by-megatron" / case.name, source, groups, role=case.role)
     theirs = directory / "theirs" / case.name
     if dist.get_rank() == 0:
         theirs.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": _sharded_state(model, groups)}, str(theirs))
+    dist_checkpointing.save(_sharded_state(model, groups, f"{case.role}."), str(theirs))
     model, spec, groups, _ = _build(case, source, registry, ranks)
     load_megatron(model, spec, ours, tp_rank=groups.at.tp, tp_size=case.tp, role=case.role)
     export_hf(model, spec, directory / "by-reader" / case.name, source, groups, role=case.role)
     return {}
+
+
+def stream(case: Case, directory: Path, registry: Any, ranks: int) -> dict[str, Any]:
+    """What the weight stream yields on this rank, and what pushing versions to a directory leaves there."""
+    import errno
+    from unittest import mock
+
+    from asyppo_megatron.convert.export import hf_stream
+    from asyppo_megatron.convert.load import load_hf
+    from asyppo_megatron.convert.safetensors_file import SafetensorsFile
+    from asyppo_megatron.weight_sync.disk import push_to_directory
+
+    source = directory / case.checkpoint
+    model, spec, groups, _ = _build(case, source, registry, ranks)
+    load_hf(model, spec, source, tp_rank=groups.at.tp, tp_size=case.tp)
+    tp_group, found = groups.collection.tp, {}
+    for everywhere in (False, True):
+        options = {"tp_group": tp_group, "bucket_bytes": case.bucket_bytes, "everywhere": everywhere}
+        found[everywhere] = [[(n, t.clone()) for n, t in b] for b in hf_stream(model, spec, **options)]
+    target, errors = directory / "weights" / case.name, []
+    for version in (1, 2):
+        push_to_directory(model, spec, target, version, groups, bucket_bytes=case.bucket_bytes)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(SafetensorsFile, "write", side_effect=full if groups.at.pp == case.pp - 1 else None):
+        try:
+            push_to_directory(model, spec, target, 3, groups)
+        except OSError as e:
+            errors.append(str(e))
+    return {"first": found[False], "everywhere": found[True], "at": groups.at, "errors": errors}
 
 
 def _rank_main(rank: int, ranks: int, directory: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

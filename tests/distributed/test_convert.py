@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from convert_world import Case, all_cases, hf_outputs, megatron_formats, round_trip, run_world, save_hf
+from convert_world import Case, all_cases, hf_outputs, megatron_formats, round_trip, run_world, save_hf, stream
 from safetensors.torch import load_file
 
 from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
@@ -45,6 +46,11 @@ FORMATS = [
     Case("qwen3-untied-fp32", 4, 1),
     Case("qwen3-critic-bf16", 1, 2, "critic"),
     Case("qwen2-tied-bf16", 1, 4),
+]
+STREAMS = [
+    Case("qwen3-tied-fp32", 2, 2),
+    Case("qwen3-untied-bf16", 4, 1),
+    Case("qwen2-untied-fp32", 1, 2, bucket_bytes=1),
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CUT = 2  # tp size that our distributed checkpoints are cut for
@@ -93,6 +99,11 @@ def full_formats(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return results_of(tmp_path_factory.mktemp("convert-full-formats"), megatron_formats, FULL)
 
 
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return results_of(tmp_path_factory.mktemp("convert-streams"), stream, STREAMS)
+
+
 def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
 
@@ -125,7 +136,10 @@ def check_formats(case: Case, results: dict) -> None:
     source = directory / case.checkpoint
     assert_same_checkpoint(directory / "by-megatron" / case.name, source)
     assert_same_checkpoint(directory / "by-reader" / case.name, source)
-    theirs = MegatronCheckpoint(directory / "theirs" / case.name, ModelSpec.from_hf(source), case.role)
+    path, spec = directory / "theirs" / case.name, ModelSpec.from_hf(source)
+    with pytest.raises(ValueError, match=rf"missing; its models have the prefixes \['{case.role}\.'\]"):
+        MegatronCheckpoint(path, spec, case.role)
+    theirs = MegatronCheckpoint(path, spec, case.role, prefix=f"{case.role}.")
     target = directory / "back" / case.name
     megatron_to_hf(theirs, source, target, role=case.role, quiet=True, processes=2)
     assert_same_checkpoint(target, source)
@@ -139,6 +153,46 @@ def test_round_trip_is_exact_and_logits_agree(case: Case, quick: dict) -> None:
 @pytest.mark.parametrize("case", FORMATS, ids=lambda c: c.name)
 def test_distributed_checkpoint_is_what_megatron_reads_and_writes(case: Case, formats: dict) -> None:
     check_formats(case, formats)
+
+
+def assert_is_checkpoint(found: list[tuple[str, torch.Tensor]], expected: dict[str, torch.Tensor]) -> None:
+    assert len(found) == len(expected) == len(dict(found))
+    for name, tensor in found:
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("case", STREAMS, ids=lambda c: c.name)
+def test_stream_yields_the_checkpoint_in_bounded_buckets(case: Case, streams: dict) -> None:
+    expected = load_tensors(streams["directory"] / case.checkpoint)
+    by_rank = streams[case.name]
+    for rank in by_rank:
+        assert isinstance(rank, dict), rank
+    for kind, receivers in (("first", [r for r in by_rank if r["at"].tp == 0]), ("everywhere", by_rank)):
+        for dp, tp in {(r["at"].dp, r["at"].tp) for r in receivers}:
+            column = sorted((r for r in receivers if (r["at"].dp, r["at"].tp) == (dp, tp)), key=lambda r: r["at"].pp)
+            assert_is_checkpoint([pair for r in column for b in r[kind] for pair in b], expected)
+    assert not any(b for r in by_rank if r["at"].tp for b in r["first"])
+    for bucket in (b for r in by_rank for b in r["first"]):
+        entries = {n.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for n, _ in bucket}
+        size = sum(t.numel() * t.itemsize for _, t in bucket)
+        assert size <= case.bucket_bytes or len(entries) == 1  # a larger tensor travels alone
+
+
+@pytest.mark.parametrize("case", STREAMS, ids=lambda c: c.name)
+def test_pushed_weights_are_complete_and_only_the_last_version_stays(case: Case, streams: dict) -> None:
+    directory = streams["directory"] / "weights" / case.name
+    assert [p.name for p in directory.iterdir()] == ["v00000002"]  # 1 was replaced, 3 found the disk full
+    manifest = json.loads((directory / "v00000002" / "weights.json").read_text())
+    assert manifest["policy_version"] == 2 and len(manifest["files"]) == case.pp
+    assert_same_checkpoint(directory / "v00000002", streams["directory"] / case.checkpoint)
+
+
+@pytest.mark.parametrize("case", STREAMS, ids=lambda c: c.name)
+def test_full_disk_on_one_stage_is_an_error_on_every_rank(case: Case, streams: dict) -> None:
+    for rank in streams[case.name]:
+        assert len(rank["errors"]) == 1
+        writer = rank["at"].tp == 0 and rank["at"].dp == 0 and rank["at"].pp == case.pp - 1
+        assert ("No space left" in rank["errors"][0]) == writer
 
 
 @pytest.mark.slow

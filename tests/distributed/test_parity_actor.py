@@ -108,9 +108,7 @@ def make_reference(directory: Path) -> None:
             write_reference(directory, tied, name, logprobs, entropies)
 
 
-def write_reference(
-    directory: Path, tied: bool, name: str, logprobs: torch.Tensor, entropies: torch.Tensor
-) -> None:
+def write_reference(directory: Path, tied: bool, name: str, logprobs: torch.Tensor, entropies: torch.Tensor) -> None:
     policy = Policy(model_path(directory, tied), TEMPERATURE)
     trainer = Trainer(policy.named(), OptimizerConfig(**OPTIMIZER))
     size, epochs = (BATCH.num_trajectories, 1) if name == "whole" else (BATCH.num_trajectories // 2, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Asyppo, steps
+from e2e_runs import Asyppo, steps
 
 from asyppo_megatron.observability.metrics import read_metrics, read_series
 

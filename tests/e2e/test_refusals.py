@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import NUM_STEPS, Asyppo, Command
+from e2e_runs import NUM_STEPS, Asyppo, Command, checkpoint, saved_steps
 
-from asyppo_megatron.checkpoint import checkpoint_directory, complete_steps
 from asyppo_megatron.observability.metrics import read_metrics
 
 
@@ -100,6 +99,6 @@ def test_a_loss_that_is_nan_stops_the_run_and_leaves_the_last_checkpoint(finishe
     )
     assert "Traceback" not in command.err
     assert max(row["step"] for row in read_metrics(run_dir)) == NUM_STEPS
-    assert complete_steps(run_dir) == complete_steps(finished.run_dir)
-    for path in checkpoint_directory(finished.run_dir, NUM_STEPS).iterdir():
-        assert (checkpoint_directory(run_dir, NUM_STEPS) / path.name).read_bytes() == path.read_bytes()
+    assert saved_steps(run_dir) == saved_steps(finished.run_dir)
+    for path in checkpoint(finished.run_dir, NUM_STEPS).iterdir():
+        assert (checkpoint(run_dir, NUM_STEPS) / path.name).read_bytes() == path.read_bytes()

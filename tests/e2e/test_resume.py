@@ -1,7 +1,7 @@
 """Interrupted runs: started again, they go on as if nothing had happened, and nothing of them is left behind.
 
 "As if nothing had happened": on a CPU, in the same layout, the metrics of every later step are equal to the bit,
-times and memory aside. Each role has a schedule of its own and saves lie two steps apart (`conftest.tree`).
+times and memory aside. Each role has a schedule of its own and saves lie two steps apart (`e2e_runs.tree`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import NUM_STEPS, Asyppo, Command, stop
+from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, stop
 
 from asyppo_megatron.backend.scratch import ScratchDirectory, remove_abandoned
-from asyppo_megatron.checkpoint import complete_steps
 from asyppo_megatron.observability.metrics import Row, read_metrics
 
 TIMES = re.compile(r"seconds|memory/|tokens_per_second")
@@ -73,16 +72,16 @@ def test_a_run_goes_on_exactly_whatever_was_killed_and_whenever(finished: Comman
         assert len(left) == 2, "a socket's and one of weights"
 
     killed("rank-00000", lambda c: c.wait_for_step(1))  # before the first checkpoint: from the beginning
-    assert complete_steps(run_dir) == []
-    killed("rank-00003", lambda c: c.wait_until(lambda: complete_steps(run_dir), "a checkpoint"))
-    assert complete_steps(run_dir) == [2]
+    assert saved_steps(run_dir) == []
+    killed("rank-00003", lambda c: c.wait_until(lambda: saved_steps(run_dir), "a checkpoint"))
+    assert saved_steps(run_dir) == [2]
     killed("driver", lambda c: c.wait_for_step(3))
     killed("launcher", lambda c: (c.wait_for_step(4), c.wait_until(lambda: is_saving(run_dir), "a save")))
     assert is_saving(run_dir), "the save was over before the kill"
-    assert complete_steps(run_dir) == [2]
+    assert saved_steps(run_dir) == [2]
     asyppo.train(run_dir)
     assert not any(path.exists() for path in left)
-    assert complete_steps(run_dir) == [4, NUM_STEPS] and not is_saving(run_dir)
+    assert saved_steps(run_dir) == [4, NUM_STEPS] and not is_saving(run_dir)
     assert trajectory(run_dir) == trajectory(finished.run_dir)
     for role in ("actor", "critic_0", "critic_1"):
         ours, theirs = (path / "hf" / role / "model.safetensors" for path in (run_dir, finished.run_dir))

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, NUM_STEPS, Asyppo, Command, steps
+from e2e_runs import CHECKPOINTS, NUM_STEPS, Asyppo, Command, checkpoint, saved_steps, steps
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from asyppo_megatron.checkpoint import checkpoint_directory, complete_steps
 from asyppo_megatron.config import load_config
 from asyppo_megatron.observability.metrics import read_metrics, read_series
 
@@ -77,15 +76,17 @@ def test_each_role_follows_its_own_schedule(finished: Command):
     assert [row["lr/critic_1"] for row in rows] == pytest.approx([1e-3 * 3 / 8, 1e-3 * 7 / 8, *[1e-3] * 4])
     actor = [5e-3 * (i + 1) / 3 for i in range(3)]
     actor += [1e-5 + (5e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * i / 9)) for i in range(9)]
-    assert [row["lr/actor"] for row in rows] == pytest.approx([(a + b) / 2 for a, b in zip(actor[::2], actor[1::2])])
+    assert [row["lr/actor"] for row in rows] == pytest.approx(
+        [(a + b) / 2 for a, b in zip(actor[::2], actor[1::2], strict=True)]
+    )
 
 
 def test_the_run_directory_is_complete(finished: Command, asyppo: Asyppo):
     run_dir = finished.run_dir
     assert load_config(run_dir / "config.yaml") == load_config(asyppo.config(run_dir))
-    assert complete_steps(run_dir) == [NUM_STEPS - CHECKPOINTS, NUM_STEPS]
+    assert saved_steps(run_dir) == [NUM_STEPS - CHECKPOINTS, NUM_STEPS]
     assert not list((run_dir / "checkpoints").glob(".*"))
-    state = json.loads((checkpoint_directory(run_dir, NUM_STEPS) / "run.json").read_text())
+    state = json.loads((checkpoint(run_dir, NUM_STEPS) / "run.json").read_text())
     assert state["step"] == NUM_STEPS and state["roles"] == ["actor", "critic_0", "critic_1"]
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in (run_dir / "logs").iterdir()} == {
@@ -108,7 +109,9 @@ def test_prompts_that_are_too_long_are_skipped_counted_and_reported(finished: Co
     rows = [json.loads(line) for line in (data / "rl_train.jsonl").open()]
     too_long = sum(len(row["problem"]) > 11 for row in rows)
     assert too_long
-    expected = f"WARNING data.train: skipped {too_long} of {len(rows)} prompts, longer than rollout.max_prompt_tokens 11"
+    expected = (
+        f"WARNING data.train: skipped {too_long} of {len(rows)} prompts, longer than rollout.max_prompt_tokens 11"
+    )
     assert expected in finished.err
 
 
@@ -155,7 +158,7 @@ def test_all_roles_share_one_rank_with_values_first_a_kl_loss_and_wandb_offline(
     rows = steps(run.run_dir)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["seconds/reference_logprobs"] > 0 for row in rows)
-    assert complete_steps(run.run_dir) == [2]
+    assert saved_steps(run.run_dir) == [2]
     assert list(run.run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert [line for line in run.err.splitlines() if not OUR_LINE.match(line)] == []
 
@@ -172,6 +175,6 @@ def test_grpo_runs_without_critics_on_two_data_parallel_ranks(asyppo: Asyppo, tm
         "eval.every=0",
     )
     rows = steps(run.run_dir)
-    assert [row["step"] for row in rows] == [1, 2] and complete_steps(run.run_dir) == [2]
+    assert [row["step"] for row in rows] == [1, 2] and saved_steps(run.run_dir) == [2]
     assert not any("critic" in name for row in rows for name in row)
     assert {p.name for p in (run.run_dir / "hf").iterdir()} == {"actor"}

@@ -100,7 +100,8 @@ def test_a_missing_section_is_named():
     [
         (
             {"actor": {"ranks": "0-1", "layout": {"tp": 4}}},
-            "actor.layout: got tp 4 x pp 1 x cp 1 = 4 on 2 ranks, need a divisor of 2; change the layout or actor.ranks",
+            "actor.layout: got tp 4 x pp 1 x cp 1 = 4 on 2 ranks, need a divisor of 2; change the layout or "
+            "actor.ranks",
         ),
         (
             {"actor": {"ranks": "0-1", "layout": {"cp": 2}}},

@@ -77,7 +77,11 @@ except KeyboardInterrupt as e:
 def start(case: str, logs: Path | None) -> subprocess.Popen:
     program = f"CODE = {CASES[case]!r}\nLOGS = {str(logs) if logs else ''!r}\n{PROGRAM}"
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -104,7 +108,10 @@ def test_without_a_log_directory_output_stays_where_it_was():
     [
         ("message", "rank 1 failed: x: got 1, need 2; do that; logs of all ranks: LOGS"),
         ("explained", "step 3: NaN in critic_1 on rank 3; logs of all ranks: LOGS"),
-        ("killed", r"rank 2 \(process \d+\) was killed by SIGKILL, perhaps for lack of memory; logs of all ranks: LOGS"),
+        (
+            "killed",
+            r"rank 2 \(process \d+\) was killed by SIGKILL, perhaps for lack of memory; logs of all ranks: LOGS",
+        ),
         ("first", "rank 0 failed: connection closed by peer; logs of all ranks: LOGS"),
         ("exit", r"rank 0 \(process \d+\) ended with exit code 7; logs of all ranks: LOGS"),
         ("stubborn", "rank 0 failed: over; logs of all ranks: LOGS"),
@@ -120,7 +127,10 @@ def test_an_error_nobody_expected_is_shown_with_its_traceback_once(tmp_path):
     code, _, err = run("bug", tmp_path)
     assert code == 1
     assert err.count("Traceback") == 1
-    assert err.splitlines()[-2:] == ["KeyError: 'missing'", f"rank 1 failed: KeyError: 'missing'; logs of all ranks: {tmp_path}"]
+    assert err.splitlines()[-2:] == [
+        "KeyError: 'missing'",
+        f"rank 1 failed: KeyError: 'missing'; logs of all ranks: {tmp_path}",
+    ]
     assert "KeyError: 'missing'" in (tmp_path / "rank-00001.log").read_text()
 
 

@@ -51,7 +51,11 @@ def test_other_keys_are_named(tmp_path: Path):
         ({"question": " ", "answer": "#### 1"}, GSM8K, "question: got ' ', need a non-empty string"),
         ({"question": "x", "answer": "18"}, GSM8K, "answer: got no '####' in '18'"),
         ({"question": "x", "answer": "so ####"}, GSM8K, "answer: got nothing after '####'"),
-        ({"question": "x", "answer": "so #### 1"}, DataKeys(), "add --answer-after '####'"),
+        (
+            {"question": "x", "answer": "so #### 1"},
+            DataKeys(),
+            "answer: got a solution with '####' in it, need an answer; add --answer-after '####'",
+        ),
         ({**GOOD, "id": "train-0"}, GSM8K, "id 'train-0' is that of line 1"),
     ],
 )
