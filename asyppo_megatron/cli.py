@@ -19,6 +19,11 @@ DEMO_GPU_CONFIG = Path("model_configs/runs/demo_gpu.yaml")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["convert"]:
+        from asyppo_megatron.convert.cli import main as convert
+
+        return convert(argv[1:])
     arguments = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Asking torch for a GPU must not start CUDA in this process: CUDA does not survive the fork into ranks.
@@ -83,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     _prepare_parsers(command("prepare", _no_command, "bring data or a small model into the form that runs read"))
     report = command("report", _report, "draw a run's learning curve")
     report.add_argument("run_dir", type=Path)
+    # Only for the list of commands: `main` hands the words behind it to its own parser, whose module needs torch.
+    commands.add_parser("convert", help="convert checkpoints between Hugging Face and Megatron")
     return parser
 
 

@@ -33,7 +33,7 @@ import torch
 from machine import describe_machine
 from safetensors.torch import load_file, save_file
 
-from asyppo_megatron.convert.hf_io import SINGLE
+from asyppo_megatron.convert.hf_io import SINGLE, HFCheckpoint
 from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
 from asyppo_megatron.convert.pool import default_processes
 from asyppo_megatron.convert.safetensors_file import SafetensorsFile, TensorInfo
@@ -51,6 +51,7 @@ SHAPES = {
 }
 MAX_RATIO, MAX_TENSORS, MAX_MORE = 3.0, 3, 1 << 30
 GIB = 1 << 30
+NAMES = ("hf", "megatron", "back", "copy.safetensors")
 
 
 def make_checkpoint(path: Path, shape: str) -> ModelSpec:
@@ -137,9 +138,18 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
-def turns(folder: Path, spec: ModelSpec, count: int, processes: int, tp: int) -> dict[str, dict[str, float]]:
-    """Every contender once a turn, so that what else the machine does meets all alike."""
-    hf, megatron, back, copy = (folder / n for n in ("hf", "megatron", "back", "copy.safetensors"))
+def check_equal(a: Path, b: Path) -> None:
+    """Refuse a way there and back that changed anything."""
+    first, second = HFCheckpoint(a), HFCheckpoint(b)
+    if set(first.names) != set(second.names) or not all(
+        torch.equal(first.read(n), second.read(n)) for n in first.names
+    ):
+        raise RuntimeError(f"{b}: the weights differ from those of {a}")
+
+
+def contenders_in(folder: Path, spec: ModelSpec, processes: int, tp: int) -> dict[str, Callable[[], None]]:
+    """What is measured, by name."""
+    hf, megatron, back, copy = (folder / n for n in NAMES)
 
     def to_megatron() -> None:
         source = HFSource(hf, "actor", None, None)
@@ -161,10 +171,19 @@ def turns(folder: Path, spec: ModelSpec, count: int, processes: int, tp: int) ->
     def load_and_save() -> None:
         save_file(load_file(hf / SINGLE), copy)
 
-    contenders = {
-        "copy": plain_copy, "copy, flushed": copy_and_flush, "load + save": load_and_save,
-        "to Megatron": to_megatron, "to Hugging Face": to_hf,
-    }  # fmt: skip
+    return {
+        "copy": plain_copy,
+        "copy, flushed": copy_and_flush,
+        "load + save": load_and_save,
+        "to Megatron": to_megatron,
+        "to Hugging Face": to_hf,
+    }
+
+
+def turns(folder: Path, spec: ModelSpec, count: int, processes: int, tp: int) -> dict[str, dict[str, float]]:
+    """Every contender once a turn, so that what else the machine does meets all alike."""
+    hf, megatron, back, copy = (folder / n for n in NAMES)
+    contenders = contenders_in(folder, spec, processes, tp)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     peaks: dict[str, int] = {}
     for turn in range(count + 1):
@@ -177,8 +196,7 @@ def turns(folder: Path, spec: ModelSpec, count: int, processes: int, tp: int) ->
                 seconds[name].append(seconds_of(work))
             else:
                 peaks[name] = peak_of(work)
-    if (back / SINGLE).read_bytes()[-1 << 20 :] != (hf / SINGLE).read_bytes()[-1 << 20 :]:
-        raise RuntimeError("the way there and back changed the weights")
+    check_equal(hf, back)
     return {
         n: {
             "seconds": median(wall for wall, _ in seconds[n]),

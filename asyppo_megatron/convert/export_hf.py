@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from asyppo_megatron.convert.atomic import atomic_directory, partial_path
 from asyppo_megatron.convert.export import hf_stream, stage_tensors
 from asyppo_megatron.convert.hf_io import MAX_FILE_BYTES, file_name, write_index, write_sidecars
 from asyppo_megatron.convert.safetensors_file import read_header
-from asyppo_megatron.convert.stages import together, write_stage
+from asyppo_megatron.convert.stages import write_stage, write_together
 from asyppo_megatron.convert.table import Role
 from asyppo_megatron.models.spec import ModelSpec
 
@@ -47,29 +45,19 @@ def export_hf(
         ValueError: the target exists.
         OSError: the disk is full or not shared; on every rank, with the reason on the rank that met it.
     """
-    at, group = groups.at, groups.role
-    device = next(model.parameters()).device
-    leads = at.tp == at.pp == at.dp == at.cp == 0
     tensors = stage_tensors(model, spec, role, dtype)
-    partial = partial_path(target)
 
-    def write() -> None:
-        if at.dp or at.cp:
-            return
+    def write(partial: Path) -> None:
         stream = hf_stream(model, spec, tp_group=groups.collection.tp, role=role, dtype=dtype)
-        plan = tensors if at.tp == 0 else {}
-        write_stage(stream, plan, partial, f"stage-{at.pp:05d}", max_file_bytes=max_file_bytes, sync=True)
+        plan = tensors if groups.at.tp == 0 else {}
+        write_stage(stream, plan, partial, f"stage-{groups.at.pp:05d}", max_file_bytes=max_file_bytes, sync=True)
 
-    def finish() -> None:
-        if leads:
-            _name_files(partial)
-            write_sidecars(source, partial, role, next(iter(tensors.values())).dtype)
-            directory.close()
+    def finish(partial: Path) -> None:
+        _name_files(partial)
+        write_sidecars(source, partial, role, next(iter(tensors.values())).dtype)
 
-    with ExitStack() as directory:
-        together(group, device, lambda: directory.enter_context(atomic_directory(target, force=force)) if leads else 0)
-        together(group, device, write)
-        together(group, device, finish)
+    device = next(model.parameters()).device
+    write_together(target, groups, device, write, finish, force=force, durable=True)
 
 
 def _name_files(directory: Path) -> None:

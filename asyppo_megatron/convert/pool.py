@@ -63,13 +63,10 @@ def run_split(
                         raise value
                     else:
                         results[index] = value
-                        del running[pipe]  # type: ignore[arg-type]
+                        running.pop(pipe)[1].join()  # type: ignore[arg-type]
             progress.show(done)
     finally:
-        for _, process in running.values():
-            process.kill()
-        for _, process in running.values():
-            process.join()
+        _end([process for _, process in running.values()])
     progress.close(done)
     return [results[i] for i in sorted(results)]
 
@@ -81,6 +78,13 @@ def _start(work: Callable[..., Any], index: int, items: range) -> tuple[Connecti
     process.start()
     theirs.close()
     return ours, process
+
+
+def _end(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _messages(pipe: Any, process: Any) -> Iterator[tuple[str, Any]]:

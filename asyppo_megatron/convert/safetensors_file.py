@@ -25,7 +25,9 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
 _LIBC = ctypes.CDLL(None)
 _MADV_POPULATE_READ = 22  # Linux 5.14; older kernels answer EINVAL, and pages come one by one
-_MAX_WRITE = 1 << 30  # Linux writes at most 2 GiB - 4 KiB at once
+# Larger writes get larger pages of the page cache, which a virtual machine may have to fetch from its host first:
+# 64 KiB pieces took 0.4 s a GB where 16 MiB pieces took 2.4 s.
+_PIECE = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done : done + _MAX_WRITE], offset + done)
+        done += os.pwrite(fd, data[done : done + _PIECE], offset + done)
 
 
 class SafetensorsFile:

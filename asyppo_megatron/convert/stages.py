@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from asyppo_megatron.convert.atomic import atomic_directory, partial_path
 from asyppo_megatron.convert.export import Bucket
 from asyppo_megatron.convert.hf_io import plan_files
 from asyppo_megatron.convert.safetensors_file import SafetensorsFile, TensorInfo
+
+if TYPE_CHECKING:
+    from asyppo_megatron.parallel.process_groups import RoleGroups
 
 T = TypeVar("T")
 
@@ -36,6 +41,49 @@ def together(group: Any, device: torch.device, action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def leads(groups: RoleGroups) -> bool:
+    """Whether this is the one rank of a role that makes and names its directories."""
+    at = groups.at
+    return at.tp == at.pp == at.dp == at.cp == 0
+
+
+def write_together(
+    target: Path,
+    groups: RoleGroups,
+    device: torch.device,
+    write: Callable[[Path], object],
+    finish: Callable[[Path], object],
+    *,
+    force: bool,
+    durable: bool,
+) -> None:
+    """All ranks of a role fill one directory, which appears complete or not at all.
+
+    Collective over `groups.role`.
+
+    Args:
+        write: called with the directory on the ranks of the first dp index.
+        finish: called on the leading rank when all have written.
+        durable: wait until the bytes are on the device.
+    """
+    partial = partial_path(target)
+    is_writer = groups.at.dp == 0 and groups.at.cp == 0
+
+    def begin() -> None:
+        if leads(groups):
+            directory.enter_context(atomic_directory(target, force=force, durable=durable))
+
+    def end() -> None:
+        if leads(groups):
+            finish(partial)
+            directory.close()
+
+    with ExitStack() as directory:
+        together(groups.role, device, begin)
+        together(groups.role, device, lambda: write(partial) if is_writer else None)
+        together(groups.role, device, end)
 
 
 def write_stage(

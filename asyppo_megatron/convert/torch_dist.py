@@ -6,6 +6,7 @@ part of which tensor lies where. Megatron's own save and load want whole models 
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from asyppo_megatron.convert.safetensors_file import named_os_errors, prefault, raw_bytes
+from asyppo_megatron.convert.safetensors_file import named_os_errors, prefault, pwrite_all, raw_bytes
 
 _ALIGNMENT = 64  # torch.save aligns data within an archive: with aligned archives a reader can map it
 _BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
@@ -67,10 +68,21 @@ class Stored:
     chunks: tuple[Chunk, ...]
 
 
+def _enum_member(owner: Any, name: str) -> enum.Enum:
+    """Python 3.11 pickles an enum's member as `getattr(owner, name)`; this serves that and nothing more."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise ValueError(
+            f"got an attribute {name!r} in checkpoint metadata, need plain metadata; do not trust this file"
+        )
+    return owner.__members__[name]
+
+
 class _Unpickler(pickle.Unpickler):
     """Reads checkpoint metadata and nothing else: a pickle could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         allowed = module in _ALLOWED_MODULES and name in _ALLOWED_NAMES
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if allowed or is_dtype or (module, name) in _ALLOWED_OTHERS:
@@ -181,21 +193,32 @@ class DataFile:
     def __init__(self, path: Path):
         self.path = path
         with named_os_errors(path):
-            self._file = path.open("wb")
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._end = 0
+
+    def write(self, data: Any) -> int:
+        """Append raw bytes: `torch.save` sees this object as its file."""
+        view = memoryview(data).cast("B")
+        with named_os_errors(self.path):
+            pwrite_all(self._fd, view, self._end)
+        self._end += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
 
     def _append(self, content: Any) -> tuple[int, int]:
         with named_os_errors(self.path):
-            offset = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
-            self._file.seek(offset)
+            offset = self._end = -(-self._end // _ALIGNMENT) * _ALIGNMENT
             try:
-                torch.save(content, self._file)
+                torch.save(content, self)
             except RuntimeError as e:  # torch's archive writer reports a failed write so
                 if isinstance(e.__context__, OSError):
                     raise e.__context__ from None
                 raise OSError(
                     None, f"write failed ({str(e).splitlines()[0]}); is the disk full?", str(self.path)
                 ) from e
-            return offset, self._file.tell() - offset
+            return offset, self._end - offset
 
     def add(self, key: str, start: tuple[int, ...], shape: tuple[int, ...], tensor: Tensor) -> Chunk:
         """Append a chunk; contiguous tensors are not copied, views are not saved with what they are views of."""
@@ -208,7 +231,7 @@ class DataFile:
 
     def close(self) -> None:
         with named_os_errors(self.path):
-            self._file.close()
+            os.close(self._fd)
 
 
 def write_metadata(directory: Path, tensors: dict[str, Stored], objects: Iterable[Chunk]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from asyppo_megatron.convert.critic import initial_value_head
+
 
 class ValueHead(torch.nn.Linear):
     """Linear(H, 1) with bias in place of `GPTModel.output_layer`, replicated over tensor parallel.
@@ -28,14 +30,10 @@ class ValueHead(torch.nn.Linear):
 
         Drawn on the CPU in fp32 by a generator of its own, so it is the same on every rank and in every layout.
         """
+        weight, bias = initial_value_head(self.in_features, seed)
         with torch.no_grad():
-            self.bias.zero_()
-            if seed is None:
-                self.weight.zero_()
-                return
-            generator = torch.Generator().manual_seed(seed)
-            weight = torch.randn(1, self.in_features, generator=generator) * (0.1 * self.in_features**-0.5)
             self.weight.copy_(weight)
+            self.bias.copy_(bias)
 
     def forward(  # type: ignore[override]
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None

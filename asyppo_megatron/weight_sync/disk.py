@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,8 @@ import torch
 from torch import nn
 
 from asyppo_megatron.backend.scratch import SHARED_MEMORY, ScratchDirectory
-from asyppo_megatron.convert.atomic import atomic_directory, partial_path
 from asyppo_megatron.convert.export import hf_stream, stage_tensors
-from asyppo_megatron.convert.stages import together, write_stage
+from asyppo_megatron.convert.stages import leads, together, write_stage, write_together
 from asyppo_megatron.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -80,34 +78,21 @@ def push_to_directory(
     Raises:
         OSError: the disk is full (on every rank; nothing half-written is left, the last version stays).
     """
-    at, group = groups.at, groups.role
-    device = next(model.parameters()).device
-    leads = at.tp == at.pp == at.dp == at.cp == 0
     target = version_directory(directory, policy_version)
-    partial = partial_path(target)
+    device = next(model.parameters()).device
 
-    def write() -> None:
-        if at.dp or at.cp:
-            return
+    def write(partial: Path) -> None:
         stream = hf_stream(model, spec, tp_group=groups.collection.tp, dtype=dtype, bucket_bytes=bucket_bytes)
-        plan = stage_tensors(model, spec, "actor", dtype) if at.tp == 0 else {}
-        write_stage(stream, plan, partial, f"stage-{at.pp:05d}", max_file_bytes=sys.maxsize, sync=False)
+        plan = stage_tensors(model, spec, "actor", dtype) if groups.at.tp == 0 else {}
+        write_stage(stream, plan, partial, f"stage-{groups.at.pp:05d}", max_file_bytes=sys.maxsize, sync=False)
 
-    def finish() -> None:
-        if leads:
-            files = sorted(f.name for f in partial.glob("*.safetensors"))
-            (partial / MANIFEST).write_text(json.dumps({"policy_version": policy_version, "files": files}))
-            pending.close()
-            _remove_others(target)
+    def finish(partial: Path) -> None:
+        files = sorted(f.name for f in partial.glob("*.safetensors"))
+        (partial / MANIFEST).write_text(json.dumps({"policy_version": policy_version, "files": files}))
 
-    def begin() -> None:
-        if leads:  # not durable: after a power loss the weights are pushed again
-            pending.enter_context(atomic_directory(target, force=True, durable=False))
-
-    with ExitStack() as pending:
-        together(group, device, begin)
-        together(group, device, write)
-        together(group, device, finish)
+    # Not durable: after a power loss the weights are pushed again.
+    write_together(target, groups, device, write, finish, force=True, durable=False)
+    together(groups.role, device, lambda: _remove_others(target) if leads(groups) else None)
     return target
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,8 +115,14 @@ def test_a_worker_that_crashes_on_a_response_is_counted(verifier):
     verifier.score_many([(r"\boxed{5}", "5")] * 8)
     for worker in verifier._workers:
         os.kill(worker.process.pid, signal.SIGSTOP)
+
+    def kill_when_busy(worker):
+        while worker.job is None:
+            time.sleep(0.01)
+        os.kill(worker.process.pid, signal.SIGKILL)
+
     for worker in verifier._workers:
-        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {worker.process.pid}"])
+        threading.Thread(target=kill_when_busy, args=(worker,), daemon=True).start()
     assert verifier.score_many([(r"\boxed{5}", "5")] * 2) == [ERROR, ERROR]
     assert verifier.score_many([(r"\boxed{5}", "5")]) == [RIGHT]
 

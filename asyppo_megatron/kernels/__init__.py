@@ -1,0 +1,1 @@
+"""Fused operators in Triton, each beside its plain-torch reference; `policy.choose` decides between them."""

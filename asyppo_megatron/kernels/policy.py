@@ -1,0 +1,84 @@
+"""Which operators a device runs: the kernels on a GPU, plain torch elsewhere, or what the configuration says."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyppo_megatron.kernels import reference
+from asyppo_megatron.kernels.reference import SEPARABLE, EnsembleGAE, PolicyLoss
+from asyppo_megatron.ppo.logprob import logprob_entropy as reference_logprob_entropy
+
+CHOICES = ("auto", "triton", "reference")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """One implementation of every operator that has a kernel.
+
+    Attributes:
+        name: "triton" or "reference".
+        logprob_entropy: as `ppo.logprob.logprob_entropy`.
+        policy_loss: as `kernels.reference.policy_loss`, for any kind.
+        ensemble_gae: as `kernels.reference.ensemble_gae`.
+    """
+
+    name: str
+    logprob_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    policy_loss: Callable[..., PolicyLoss]
+    ensemble_gae: Callable[..., EnsembleGAE]
+
+
+def choose(device: torch.device | str, override: str = "auto") -> Operators:
+    """The operators for a device: kernels on a GPU, plain torch on anything else.
+
+    Args:
+        device: where the tensors are.
+        override: "auto" for that rule; "triton" or "reference" whatever the device, which is logged.
+
+    Raises:
+        ValueError: an unknown choice, or kernels where they cannot run.
+    """
+    if override not in CHOICES:
+        raise ValueError(f"kernels: got {override!r}, need one of {', '.join(CHOICES)}")
+    device = torch.device(device)
+    usual = "triton" if device.type == "cuda" else "reference"
+    name = usual if override == "auto" else override
+    if override != "auto":
+        log.info("operators on %s: %s, as the configuration says (the rule says %s)", device.type, name, usual)
+    if name == "reference":
+        return Operators(name, reference_logprob_entropy, reference.policy_loss, reference.ensemble_gae)
+    _check_triton(device)
+    from asyppo_megatron.kernels.ensemble_gae import ensemble_gae
+    from asyppo_megatron.kernels.logprob_entropy import logprob_entropy
+
+    return Operators(name, logprob_entropy, _policy_loss, ensemble_gae)
+
+
+def _check_triton(device: torch.device) -> None:
+    """A ValueError with a way out where the kernels cannot run."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"kernels on {device.type}: Triton is not installed; install a CUDA build of torch, which brings it, "
+            "or set kernels to reference"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kernels: got device {device.type}, need cuda (or TRITON_INTERPRET=1 in the environment, for tests); "
+            "set kernels to auto or reference"
+        )
+
+
+def _policy_loss(*args: Any, kind: str = "ppo", **options: Any) -> PolicyLoss:
+    """The kernel for the kinds whose tokens are independent, plain torch for those that need a whole response."""
+    from asyppo_megatron.kernels.policy_loss import policy_loss
+
+    return (policy_loss if kind in SEPARABLE else reference.policy_loss)(*args, kind=kind, **options)
