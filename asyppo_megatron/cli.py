@@ -1,4 +1,4 @@
-"""The command line: asyppo train | demo | eval | prepare | report."""
+"""The command line: asyppo train | demo | eval | prepare | convert | report."""
 
 from __future__ import annotations
 
