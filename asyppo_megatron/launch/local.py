@@ -154,6 +154,8 @@ def _fork(rank: int, environment: dict[str, str], main: Callable[[int], None], l
         os.close(start)
         if log_dir is not None:
             _redirect_output(log_dir / f"rank-{rank:05d}.log")
+        # Whole lines, also under PYTHONUNBUFFERED: ranks that share a terminal must not break into each other's.
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
         port = os.read(wait, 16).decode()
         os.environ.update(environment, MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
         main(rank)

@@ -1,0 +1,45 @@
+"""The configuration of a run: frozen pydantic models, every cross-check, one list of all errors.
+
+`load_config` reads YAML, applies `key=value` overrides and either returns a `Config` or raises `ConfigError`
+with everything that is wrong. Checks that need a model or a dataset on disk live in `preflight.py`.
+"""
+
+from asyppo_megatron.config.algorithm import KLConfig, PPOConfig
+from asyppo_megatron.config.data import PAPER_SYSTEM_PROMPT, DataConfig, EvalConfig, EvalSetConfig, RewardConfig
+from asyppo_megatron.config.load import (
+    ConfigError,
+    apply_override,
+    build_config,
+    dump_config,
+    load_config,
+    parse_override,
+)
+from asyppo_megatron.config.roles import CriticConfig, LayoutConfig, OptimizerConfig, ReferenceConfig, RoleConfig
+from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
+
+__all__ = [
+    "PAPER_SYSTEM_PROMPT",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "EvalConfig",
+    "EvalSetConfig",
+    "KLConfig",
+    "LayoutConfig",
+    "LoggingConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RoleConfig",
+    "RolloutConfig",
+    "WeightSyncConfig",
+    "apply_override",
+    "build_config",
+    "dump_config",
+    "load_config",
+    "parse_override",
+]

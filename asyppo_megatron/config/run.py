@@ -1,0 +1,66 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from asyppo_megatron.config.algorithm import PPOConfig
+from asyppo_megatron.config.data import DataConfig, EvalConfig, RewardConfig
+from asyppo_megatron.config.roles import CriticConfig, ReferenceConfig, RoleConfig
+from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.section import Section
+
+
+class CheckpointConfig(Section):
+    every: int = Field(50, ge=0)  # steps; 0: only at the end
+    keep: int = Field(2, ge=1)
+    async_save: bool = True
+    at_end: bool = True
+    export_hf: bool = True  # Hugging Face model of the actor and the critics at the end
+
+
+class LoggingConfig(Section):
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "asyppo"
+    level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+
+
+class Config(Section):
+    run_dir: Path = Path("runs/asyppo")
+    seed: int = 0
+    num_steps: int = Field(500, ge=0)
+    actor: RoleConfig
+    critics: tuple[CriticConfig, ...] = ()
+    reference: ReferenceConfig = ReferenceConfig()
+    ppo: PPOConfig = PPOConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    logging: LoggingConfig = LoggingConfig()
+    collective_timeout_s: float = Field(1800.0, gt=0)
+
+    @property
+    def num_critics(self) -> int:
+        return len(self.critics)
+
+    @property
+    def num_ranks(self) -> int:
+        return max(r for role in self.roles().values() for r in role.ranks) + 1
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.ppo.kl.coef > 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.responses_per_prompt
+
+    def roles(self) -> dict[str, RoleConfig]:
+        """Trained roles by name, in the fixed order in which every rank builds them."""
+        return {"actor": self.actor, **{f"critic_{m}": c for m, c in enumerate(self.critics)}}
