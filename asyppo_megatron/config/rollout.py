@@ -54,7 +54,9 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's and the model's end-of-sequence tokens
     max_batch: int = Field(256, ge=1)  # embedded engine: sequences generated at once
     timeout_s: float = Field(3600.0, gt=0)  # longest wait for one batch
-    max_staleness: int = Field(0, ge=0)  # updates between the weights that sampled a token and the step that trains on it
+    max_staleness: int = Field(
+        0, ge=0
+    )  # updates between the weights that sampled a token and the step that trains on it
     on_update: Literal["carry", "requeue"] = "carry"  # responses under way when new weights come
     partial: bool = False  # generation rests while the ranks train
     max_mismatch: float | None = Field(None, gt=0)  # mean |logprob difference| of a step, nats

@@ -20,11 +20,13 @@ import torch
 
 from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config, RolloutConfig
+from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards import build_verifier
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.buffer import Group, GroupBuffer
 from asyppo_megatron.rollout.dataset import Problems, PromptCursor, load_problems
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
+from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
 from asyppo_megatron.rollout.generation import (
     group_requests,
@@ -46,15 +48,23 @@ def engine_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
-    """The engine that `rollout.engine` names, in the actor's precision, without weights yet.
+def build_engine(config: Config) -> Engine:
+    """The engine that `rollout.engine` names, without weights yet."""
+    if config.rollout.engine == "embedded":
+        return build_embedded_engine(config)
+    from asyppo_megatron.rollout.sglang import SGLangEngine  # aiohttp comes with SGLang, which not every machine has
+
+    return SGLangEngine(config.rollout, ModelSpec.from_hf(config.actor.model).vocab_size)
+
+
+def build_embedded_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
+    """An engine in this process, in the actor's precision.
 
     Args:
         model_dir: whose architecture it has; `actor.model` by default.
     """
-    device = engine_device()
     dtype = torch.bfloat16 if config.actor.precision == "bf16" else torch.float32
-    return EmbeddedEngine(model_dir or config.actor.model, dtype, device, config.rollout.max_batch)
+    return EmbeddedEngine(model_dir or config.actor.model, dtype, engine_device(), config.rollout.max_batch)
 
 
 def build_problems(config: Config, tokenizer: Any, path: Path, limit: int | None = None) -> Problems:
