@@ -31,12 +31,13 @@ from asyppo_megatron.config import Config
 from asyppo_megatron.launch.engine_command import engine_command, missing_for_engines
 from asyppo_megatron.launch.engine_process import SGLANG_VERSION
 from asyppo_megatron.launch.supervised import SupervisedEngine, reachable
-from asyppo_megatron.rollout.agents import AgentAddress, address_path, node_name, read_address
+from asyppo_megatron.rollout.agents import AgentAddress, AgentError, address_path, node_name, read_address
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.2
 _REQUEST_TIMEOUT_S = 20.0
+_FIRST_LEASE_S = 60.0  # for the run that starts an agent to find it
 
 
 def fingerprint(config: Config, num_gpus: int) -> str:
@@ -69,7 +70,7 @@ class Agent:
         self._fingerprint = fingerprint(config, num_gpus)
         self._linger_s = linger_s
         self._leases = 0
-        self._unleased_since = time.monotonic()
+        self._unleased_since = time.monotonic() + _FIRST_LEASE_S
         self._lock = threading.Lock()  # guards the two above
         self._stop = threading.Event()
         self.why_stopped = ""
@@ -146,9 +147,9 @@ class Agent:
 
     def _close(self, path: Path) -> None:
         logger.info("agent: ending (%s)", self.why_stopped or "an error")
-        with contextlib.suppress(Exception) if not self.why_stopped else contextlib.nullcontext():
+        with contextlib.suppress(AgentError):  # the run's directory may have been removed
             if read_address(path) == self.address:  # else a later agent has taken the place
-                path.unlink()
+                path.unlink(missing_ok=True)
         for engine in self.engines.values():
             engine.begin_close()
         for engine in self.engines.values():

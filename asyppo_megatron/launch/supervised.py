@@ -1,6 +1,6 @@
 """One engine under supervision: started, asked after its health, ended when it hangs, started again, given up.
 
-    starting -> ready -> dead (waits for its back-off) -> starting -> ...     failed: given up, the reason says why
+starting -> ready -> dead (waits for its back-off) -> starting -> ...     failed: given up, the reason says why
 """
 
 from __future__ import annotations

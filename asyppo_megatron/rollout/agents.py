@@ -112,19 +112,18 @@ class AgentClient:
 
     def lease(self) -> socket.socket:
         """A connection that tells the agent that its run lives. It ends with this process, however that ends."""
-        connection = self._connect()
         try:
-            connection.request("GET", "/lease")
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise AgentError(f"agent {self.url}/lease: answered {answer.status}")
+            lease = socket.create_connection((self._host, self._port), self._timeout_s)
+            lease.sendall(b"GET /lease HTTP/1.0\r\n\r\n")
+            answer = lease.recv(1 << 12)
         except OSError as e:
             raise self._unreachable("/lease", e) from e
-        sock = connection.sock
-        assert sock is not None
-        sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return sock
+        if answer.split()[1:2] != [b"200"]:
+            lease.close()
+            raise AgentError(f"agent {self.url}/lease: answered {answer[:100]!r}, need 200; is this an agent?")
+        lease.settimeout(None)
+        lease.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return lease
 
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
