@@ -153,5 +153,6 @@ def pretraining(config: Config, steps: int) -> tuple[Config, list[str]]:
         "run_dir": config.run_dir / "pretrain-critics",
         "ppo": config.ppo.model_copy(update={"critic_warmup_steps": steps}),
         "eval": config.eval.model_copy(update={"every": 0}),  # of a policy that does not change
+        "checkpoint": config.checkpoint.model_copy(update={"export_hf": True}),
     }
     return config.model_copy(update=update), []

@@ -219,7 +219,7 @@ def high_entropy_clip(
     start = cu_seqlens.to(loss_mask.device, torch.long, non_blocking=True)[:-1]
     rank = torch.arange(order.numel(), device=order.device) - start[sequences]
     wide = torch.floor(fraction * token_counts(loss_mask, cu_seqlens).double() + 1e-9)[sequences]
-    result = torch.where(rank < wide, high_entropy, clip).to(working_dtype(entropies))
+    result = torch.full_like(entropies, clip, dtype=working_dtype(entropies)).masked_fill_(rank < wide, high_entropy)
     return torch.empty_like(result).index_copy_(0, order, result)
 
 
