@@ -147,7 +147,9 @@ def pretraining(config: Config, steps: int) -> tuple[Config, list[str]]:
     Its directory lies inside the run's, so that both can be kept.
     """
     if not config.critics:
-        return config, [f"pretrain-critics: got no critics with method {config.method}, need one; choose another"]
+        return config, [
+            f"pretrain-critics: got no critics with method {config.method}, need one; choose another method"
+        ]
     update = {
         "num_steps": steps,
         "run_dir": config.run_dir / "pretrain-critics",

@@ -137,7 +137,7 @@ class Actor:
         trainable = tokens.trainable[chosen]
         tokens_mean = self.ppo.aggregation == "token-mean"
         count = (trainable.sum() if tokens_mean else (trainable > 0).sum()).clamp(min=1)
-        positive = None if tokens.positive is None else trainable[tokens.positive[chosen]].sum().clamp(min=1)
+        positive = None if tokens.positive is None else (trainable * tokens.positive[chosen]).sum().clamp(min=1)
 
         def loss(out: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, None]:
             logprobs, entropies = score_tokens(

@@ -23,6 +23,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "## `reference`": config.ReferenceConfig,
     "## `ppo`": config.PPOConfig,
     "### `ppo.kl`": config.KLConfig,
+    "## `filtering`": config.FilteringConfig,
     "## `rollout`": config.RolloutConfig,
     "## `reward`": config.RewardConfig,
     "## `data`": config.DataConfig,
