@@ -26,7 +26,7 @@ from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.dataset import Problem, Problems, PromptCursor, load_problems
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
-from asyppo_megatron.rollout.filtering import FilterCounts, GroupCollector
+from asyppo_megatron.rollout.filtering import FilterCounts, count_groups, kept_groups
 from asyppo_megatron.rollout.generation import penalised, sample_rows, step_requests, step_statistics, step_trajectories
 from asyppo_megatron.rollout.scoring import ScoredResponses, Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
@@ -225,27 +225,29 @@ class RolloutDriver:
         """A step's problems and responses: one round of generation, or as many as its filter asks for."""
         config = self._config.rollout
         size = config.responses_per_prompt
-        collector = GroupCollector(config.prompts_per_step, self._config.filtering)
         problems: list[Problem] = []
         rounds: list[ScoredResponses] = []
-        while count := collector.missing:
-            drawn = self._cursor.take(count)
+        rewards: list[list[float]] = []
+        kept: list[bool] = []
+        while missing := config.prompts_per_step - sum(kept):
+            drawn = self._cursor.take(missing)
             requests = step_requests(
                 drawn, config, self._stops, seed=self._config.seed, step=step, first_group=len(problems)
             )
             scores = self._scorer.run(requests, [drawn[r.index // size].answer for r in requests])
-            rewards = [r.verdict.reward for r in scores.responses]
-            collector.add([rewards[i : i + size] for i in range(0, len(rewards), size)])
+            found = [r.verdict.reward for r in scores.responses]
+            rewards += [found[i : i + size] for i in range(0, len(found), size)]
+            kept = kept_groups(rewards, config.prompts_per_step, self._config.filtering)
             problems += drawn
             rounds.append(scores)
-        chosen = collector.chosen()
+        chosen = [group for group, is_kept in enumerate(kept) if is_kept]
         responses = [r for scores in rounds for r in scores.responses]
         scores = ScoredResponses(
             [responses[group * size + sample] for group in chosen for sample in range(size)],
             sum(s.generate_s for s in rounds),
             sum(s.verify_s for s in rounds),
         )
-        return [problems[group] for group in chosen], scores, collector.counts()
+        return [problems[group] for group in chosen], scores, count_groups(rewards, kept, len(rounds))
 
     def _evaluate(self, step: int, name: str) -> EvalResult:
         result = evaluate_set(

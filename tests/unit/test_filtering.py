@@ -11,43 +11,43 @@ from driver_runs import GROUPS, SAMPLES, Drivers, assert_equal, configure, copy_
 
 from asyppo_megatron.config import FilteringConfig
 from asyppo_megatron.rollout import journal
-from asyppo_megatron.rollout.filtering import FilterCounts, GroupCollector, overlong_penalty
+from asyppo_megatron.rollout.filtering import FilterCounts, count_groups, kept_groups, overlong_penalty
 
 EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
+DROP = FilteringConfig(drop_equal_groups=True)
 
 
-def collect(wanted: int, rounds: list[list[list[float]]], **options) -> GroupCollector:
-    collector = GroupCollector(wanted, FilteringConfig(drop_equal_groups=True, **options))
-    for groups in rounds:
-        assert collector.missing == len(groups)
-        collector.add(groups)
-    return collector
+def test_groups_of_equal_rewards_take_no_place():
+    line = [MIXED, EQUAL, EQUAL, EQUAL, MIXED, MIXED]
+    kept = kept_groups(line, 3, DROP)
+    assert kept == [True, False, False, False, True, True]
+    assert count_groups(line, kept, 3) == FilterCounts(rounds=3, drawn_groups=6, dropped_groups=3, filled_groups=0)
 
 
-def test_groups_of_equal_rewards_are_drawn_again_until_the_batch_is_full():
-    collector = collect(3, [[MIXED, EQUAL, EQUAL], [EQUAL, MIXED], [MIXED]])
-    assert collector.missing == 0
-    assert collector.chosen() == [0, 4, 5]
-    assert collector.counts() == FilterCounts(rounds=3, drawn_groups=6, dropped_groups=3, filled_groups=0)
+def test_when_the_rounds_are_used_up_groups_are_taken_as_they_come():
+    line = [EQUAL, MIXED, EQUAL, EQUAL, EQUAL]
+    kept = kept_groups(line, 3, FilteringConfig(drop_equal_groups=True, max_rounds=2))
+    assert kept == [False, True, False, False, True]  # after three dropped groups, a round's worth
+    assert count_groups(line, kept, 2) == FilterCounts(rounds=2, drawn_groups=5, dropped_groups=3, filled_groups=1)
+    assert kept_groups([EQUAL] * 3, 3, FilteringConfig(drop_equal_groups=True, max_rounds=1)) == [True] * 3
 
 
-def test_when_the_rounds_are_used_up_the_batch_keeps_its_size():
-    collector = collect(3, [[EQUAL, MIXED, EQUAL], [EQUAL, EQUAL]], max_rounds=2)
-    assert collector.missing == 0
-    assert collector.chosen() == [0, 1, 2]
-    assert collector.counts() == FilterCounts(rounds=2, drawn_groups=5, dropped_groups=2, filled_groups=2)
+def test_every_batch_in_line_has_rounds_of_its_own():
+    config = FilteringConfig(drop_equal_groups=True, max_rounds=2)
+    line = [EQUAL, EQUAL, EQUAL, EQUAL, *[EQUAL] * 4]
+    assert kept_groups(line, 2, config) == [False, False, True, True] * 2
 
 
-def test_without_the_option_the_first_round_is_the_batch():
-    collector = GroupCollector(2, FilteringConfig())
-    collector.add([EQUAL, EQUAL])
-    assert collector.missing == 0 and collector.chosen() == [0, 1]
-    assert collector.counts() == FilterCounts(rounds=1, drawn_groups=2)
+def test_an_unfinished_group_counts_as_kept_and_changes_nothing_before_it():
+    line = [EQUAL, MIXED, None, EQUAL, None]
+    kept = kept_groups(line, 3, DROP)
+    assert kept == [False, True, True, False, True]
+    for rewards in (EQUAL, MIXED):
+        assert kept_groups([*line[:2], rewards], 3, DROP)[:2] == kept[:2]
 
 
-def test_a_round_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="round of groups: got 1, need 2"):
-        collect(2, []).add([MIXED])
+def test_without_the_option_every_group_is_kept():
+    assert kept_groups([EQUAL, MIXED, EQUAL], 2, FilteringConfig()) == [True] * 3
 
 
 def test_counts_add_up():
