@@ -67,6 +67,12 @@ def count_groups(rewards: Sequence[Sequence[float]], kept: Sequence[bool], round
     return FilterCounts(rounds, len(kept), len(kept) - sum(kept), filled)
 
 
+def filter_statistics(counts: FilterCounts, total: FilterCounts) -> dict[str, float]:
+    """What a step's metrics say: of its batch, and of the run so far."""
+    of_step = {f"filter/{name}": value for name, value in asdict(counts).items()}
+    return of_step | {"filter/dropped_groups_total": total.dropped_groups}
+
+
 def overlong_penalty(length: int, max_tokens: int, config: FilteringConfig) -> float:
     """DAPO's soft penalty on length (Eq. 13), to be added to the reward.
 

@@ -25,6 +25,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "### `ppo.kl`": config.KLConfig,
     "## `filtering`": config.FilteringConfig,
     "## `rollout`": config.RolloutConfig,
+    "### `rollout.sglang`": config.SGLangConfig,
     "## `reward`": config.RewardConfig,
     "## `data`": config.DataConfig,
     "### `data.eval`": config.EvalSetConfig,

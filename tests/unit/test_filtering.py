@@ -10,8 +10,13 @@ import pytest
 from driver_runs import GROUPS, SAMPLES, Drivers, assert_equal, configure, copy_of, make_demo
 
 from asyppo_megatron.config import FilteringConfig
+from asyppo_megatron.rewards import Verdict
 from asyppo_megatron.rollout import journal
+from asyppo_megatron.rollout.buffer import Group, GroupBuffer
+from asyppo_megatron.rollout.dataset import Problem
+from asyppo_megatron.rollout.engine import Completion
 from asyppo_megatron.rollout.filtering import FilterCounts, count_groups, kept_groups, overlong_penalty
+from asyppo_megatron.rollout.scoring import Scored
 
 EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
 DROP = FilteringConfig(drop_equal_groups=True)
@@ -173,3 +178,32 @@ def test_other_filtering_settings_are_no_replay(demo, drivers, tmp_path):
         assert handle.client.start(0, 0) is replayed
         assert handle.client.wait(0, 60)
         handle.close()
+
+
+# --- in the line of groups
+
+
+def finished(rewards: list[float]) -> list[Scored]:
+    completion = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", 0, 1.0)
+    return [Scored(completion, "", Verdict(r)) for r in rewards]
+
+
+def test_refused_groups_leave_with_the_batch_that_they_were_drawn_for():
+    buffer = GroupBuffer(prompts_per_step=2, max_staleness=1)
+    problem = Problem("p", "", "", np.zeros(1, np.int32))
+    line = [Group(position, problem, {"consumed": position + 1}) for position in range(6)]
+    buffer.add(line[:4])
+    assert buffer.missing(0, 0) == 0
+    line[1].responses, line[3].responses = finished(EQUAL), finished(MIXED)
+    buffer.refuse(DROP)
+    assert [g.kept for g in line[:4]] == [True, False, True, True] and buffer.missing(0, 0) == 1
+    assert buffer.take_batch() is None  # the first group is not finished
+    line[0].responses, line[2].responses = finished(EQUAL), finished(MIXED)
+    buffer.refuse(DROP)
+    assert buffer.missing(0, 0) == 2
+    assert buffer.take_batch() == line[:4]
+    buffer.add(line[4:])
+    for group in line[4:]:
+        group.responses = finished(MIXED)
+    buffer.refuse(DROP)
+    assert buffer.take_batch() == line[4:] and len(buffer) == 0
