@@ -76,8 +76,8 @@ def main() -> int:
 
 
 def fingerprint(config: Config) -> str:
-    """Of everything that a run depends on but its place."""
-    text = json.dumps(config.model_dump(mode="json", exclude={"run_dir"}), sort_keys=True)
+    """Of all that a run is set to but its place; settings that came later do not count while they have their defaults."""
+    text = json.dumps(config.model_dump(mode="json", exclude={"run_dir"}, exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
