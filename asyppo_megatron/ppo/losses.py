@@ -199,7 +199,9 @@ def high_entropy_clip(
     high_entropy: float = 0.4,
     fraction: float = 0.2,
 ) -> torch.Tensor:
-    """ASPO's clip range (arXiv 2510.06062): wider for the floor(fraction n) highest-entropy tokens of each response of n tokens.
+    """ASPO's clip range (arXiv 2510.06062): wider for the highest-entropy tokens of each response.
+
+    These are floor(fraction n) of its n tokens.
 
     Args:
         entropies: f32 [T], nats.
