@@ -146,7 +146,9 @@ def reference_step(directory: Path, method: Method) -> None:
 
 def explained(values: torch.Tensor, returns: torch.Tensor) -> list[float]:
     """1 - Var(R - V) / Var(R) over all tokens, and over each response's first and last."""
-    tokens = [t.nonzero().flatten() + s for t, s in zip(split(BATCH.loss_mask), BATCH.cu_seqlens.tolist(), strict=False)]
+    tokens = [
+        t.nonzero().flatten() + s for t, s in zip(split(BATCH.loss_mask), BATCH.cu_seqlens.tolist(), strict=False)
+    ]
     places = [torch.cat(tokens), torch.stack([t[0] for t in tokens]), torch.stack([t[-1] for t in tokens])]
     return [float(1 - (returns[p] - values[p]).var(correction=0) / returns[p].var(correction=0)) for p in places]
 
