@@ -9,7 +9,7 @@ from pydantic import Field
 
 from asyppo_megatron.config.algorithm import PPOConfig
 from asyppo_megatron.config.data import DataConfig, EvalConfig, RewardConfig
-from asyppo_megatron.config.roles import CriticConfig, ReferenceConfig, RoleConfig
+from asyppo_megatron.config.roles import ActorConfig, CriticConfig, ReferenceConfig, RoleConfig
 from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
 from asyppo_megatron.config.section import Section
 
@@ -32,7 +32,7 @@ class Config(Section):
     run_dir: Path = Path("runs/asyppo")
     seed: int = 0
     num_steps: int = Field(500, ge=0)
-    actor: RoleConfig
+    actor: ActorConfig
     critics: tuple[CriticConfig, ...] = ()
     reference: ReferenceConfig = ReferenceConfig()
     ppo: PPOConfig = PPOConfig()
@@ -43,6 +43,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     logging: LoggingConfig = LoggingConfig()
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, plain torch elsewhere
     collective_timeout_s: float = Field(1800.0, gt=0)
 
     @property

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from asyppo_megatron.config import PPOConfig
+from asyppo_megatron.config import ActorConfig, PPOConfig
+from asyppo_megatron.kernels.policy import Operators
 from asyppo_megatron.packing import mini_batches
 from asyppo_megatron.ppo.kl import kl_estimate
-from asyppo_megatron.ppo.logprob import logprob_entropy
-from asyppo_megatron.ppo.losses import kl_loss, policy_loss
+from asyppo_megatron.ppo.losses import kl_loss
+from asyppo_megatron.roles.policy_head import PackInputs, build_head, report_operators
 from asyppo_megatron.roles.role import Role
 from asyppo_megatron.roles.runner import Pack, scatter
+from asyppo_megatron.roles.sums import add_to
 from asyppo_megatron.types import PackedBatch, Targets, sequence_ids
 
 # Sums over the actor's output ranks; `summarise` turns them into metrics.
 SUMS = ("tokens", "entropy", "update_tokens", "loss", "clipped", "kl", "updates", "grad_norm", "lr", "reference_kl")
 
 
-def score_tokens(
-    out: torch.Tensor, labels: torch.Tensor, role_groups: Any, vocab_size: int, temperature: float, *, inplace: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs and entropies of a pack's actions from its logits [1, t, Vp / tp]."""
-    logits = out.squeeze(0)
-    shard = logits.size(-1)
-    start = role_groups.at.tp * shard
-    return logprob_entropy(
-        logits,
-        labels,
-        temperature=temperature,
-        vocab_start=start,
-        num_valid=max(0, min(shard, vocab_size - start)),
-        tp_group=role_groups.collection.tp,
-        inplace=inplace,
-    )
-
-
 class Actor:
-    """The policy as a role of the step."""
+    """The policy as a role of the step.
 
-    def __init__(self, role: Role, ppo: PPOConfig, *, temperature: float, seed: int, max_response_tokens: int):
-        self.role, self.ppo, self.temperature, self.seed = role, ppo, temperature, seed
+    Every context-parallel rank computes the loss of whole packs; the first of them speaks for all.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        config: ActorConfig,
+        ppo: PPOConfig,
+        operators: Operators,
+        *,
+        temperature: float,
+        seed: int,
+        max_response_tokens: int,
+    ):
+        self.role, self.ppo, self.seed = role, ppo, seed
         self.max_response_tokens = max_response_tokens
+        self.head = build_head(
+            operators,
+            role.runner,
+            role.module,
+            role.spec.vocab_size,
+            temperature,
+            fused=config.fused_head,
+            chunk=config.fused_head_chunk,
+            fp32_logits=config.fused_head_fp32_logits,
+        )
+        if role.groups.is_lead:
+            report_operators(role.name, operators, ppo.loss, fused=config.fused_head)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=role.device)
+        self._add = partial(add_to, self.sums, SUMS)
 
     def evaluate(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Logprobs of the batch under the current weights, before they change.
@@ -54,13 +65,11 @@ class Actor:
         self.sums.zero_()
         packs = self.role.runner.packs(batch, torch.arange(batch.num_trajectories))
         labels = batch.labels()
-
-        def collect(out: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-            return score_tokens(
-                out, pack.gather(labels), self.role.groups, self.role.spec.vocab_size, self.temperature, inplace=True
-            )
-
-        results = self.role.runner.forward(packs, collect)
+        results = self.role.runner.forward(
+            packs,
+            lambda out, pack: self.head.scores(out, pack, pack.gather(labels)),
+            lambda pack: self.head.expect_scores(pack, pack.gather(labels)),
+        )
         if not self.role.groups.is_output:
             return {}
         logprobs = scatter([r[0] for r in results], packs, batch.num_tokens)
@@ -94,76 +103,81 @@ class Actor:
         packs = self.role.runner.packs(batch, chosen)
         tokens_mean = self.ppo.aggregation == "token-mean"
         count = (trainable.sum() if tokens_mean else (trainable > 0).sum()).clamp(min=1)
+        waiting: dict[int, PackInputs] = {}
+
+        def expect(pack: Pack) -> None:
+            inputs = waiting[id(pack)] = self._inputs(pack, batch, targets, labels, count)
+            self.head.expect_loss(pack, inputs)
 
         def loss(out: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, None]:
-            total = self._pack_loss(out, pack, batch, targets, labels) / count
-            if self.role.groups.is_output:
-                self._add(loss=total.detach())
-            return total, None
+            return self._pack_loss(out, pack, waiting.pop(id(pack)), targets), None
 
-        self.role.accumulate(packs, loss)
+        self.role.accumulate(packs, loss, expect)
         norm, lr = self.role.step()
         if self.role.groups.is_lead:
             self._add(updates=1, grad_norm=norm, lr=lr)
 
-    def _pack_loss(
-        self, out: torch.Tensor, pack: Pack, batch: PackedBatch, targets: Targets, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum part of the loss over a pack (Eq. 5 and its relatives), before the global denominator."""
+    def _inputs(
+        self, pack: Pack, batch: PackedBatch, targets: Targets, labels: torch.Tensor, count: torch.Tensor
+    ) -> PackInputs:
         ppo = self.ppo
-        logprobs, entropies = score_tokens(
-            out, pack.gather(labels), self.role.groups, self.role.spec.vocab_size, self.temperature, inplace=False
-        )
-        mask, old = pack.gather(batch.loss_mask), pack.gather(targets.old_logprobs)
-        advantages = pack.gather(targets.advantages)
+        mask = pack.gather(batch.loss_mask)
         length_norm = float(self.max_response_tokens) if ppo.aggregation.endswith("norm") else None
-        total, _ = policy_loss(
-            logprobs,
-            entropies,
-            old,
-            advantages,
-            mask,
-            pack.cu_seqlens,
-            kind=ppo.loss,
+        extra = None
+        if ppo.kl.coef and ppo.kl.where == "loss":
+            extra = self._kl_penalty(pack, targets, mask, length_norm, count)
+        return PackInputs(
+            labels=pack.gather(labels),
+            old_logprobs=pack.gather(targets.old_logprobs),
+            advantages=pack.gather(targets.advantages),
+            loss_mask=mask,
             advantage_mask=pack.gather(targets.advantage_mask),
             entropy_mask=pack.gather(targets.entropy_mask),
-            entropy_coef=ppo.entropy_coef,
-            clip_low=ppo.clip_low,
-            clip_high=ppo.clip_high,
-            dual_clip=ppo.dual_clip,
-            aggregation=ppo.aggregation,
-            length_norm=length_norm,
+            cu_seqlens=pack.cu_seqlens,
+            count=count,
+            options={
+                "kind": ppo.loss,
+                "entropy_coef": ppo.entropy_coef,
+                "clip_low": ppo.clip_low,
+                "clip_high": ppo.clip_high,
+                "dual_clip": ppo.dual_clip,
+                "aggregation": ppo.aggregation,
+                "length_norm": length_norm,
+            },
+            extra=extra,
         )
-        if ppo.kl.coef and ppo.kl.where == "loss":
-            assert targets.reference_logprobs is not None
-            penalty, _ = kl_loss(
+
+    def _kl_penalty(
+        self, pack: Pack, targets: Targets, mask: torch.Tensor, length_norm: float | None, count: torch.Tensor
+    ) -> Any:
+        """Maps a pack's logprobs to its share of the KL term."""
+        assert targets.reference_logprobs is not None
+        kl, reference = self.ppo.kl, pack.gather(targets.reference_logprobs)
+
+        def penalty(logprobs: torch.Tensor) -> torch.Tensor:
+            total, _ = kl_loss(
                 logprobs,
-                pack.gather(targets.reference_logprobs),
+                reference,
                 mask,
                 pack.cu_seqlens,
-                kind=ppo.kl.kind,
-                aggregation=ppo.aggregation,
+                kind=kl.kind,
+                aggregation=self.ppo.aggregation,
                 length_norm=length_norm,
             )
-            total = total + ppo.kl.coef * penalty
+            return kl.coef * total / count
+
+        return penalty
+
+    def _pack_loss(self, out: torch.Tensor, pack: Pack, inputs: PackInputs, targets: Targets) -> torch.Tensor:
+        """A pack's share of the mini-batch's loss (Eq. 5 and its relatives); its metrics come from the same pass."""
+        found = self.head.loss(out, pack, inputs)
         if self.role.groups.is_output:
-            self._measure(logprobs.detach(), old, advantages, mask)
+            metrics = found.metrics
+            self._add(loss=found.value, update_tokens=metrics["tokens"], clipped=metrics["clipped"], kl=metrics["kl"])
             if targets.reference_logprobs is not None:
-                kl = kl_estimate(logprobs.detach(), pack.gather(targets.reference_logprobs), "k3")
-                self._add(reference_kl=torch.where(mask, kl, 0).sum())
-        return total
-
-    def _measure(self, logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> None:
-        log_ratio = torch.where(mask, logprobs - old, 0)
-        ratio = log_ratio.exp()
-        clipped = ((ratio > 1 + self.ppo.clip_high) & (advantages > 0)) | (
-            (ratio < 1 - self.ppo.clip_low) & (advantages < 0)
-        )
-        self._add(update_tokens=mask.sum(), clipped=(clipped & mask).sum(), kl=(ratio - 1 - log_ratio).sum())
-
-    def _add(self, **values: Any) -> None:
-        for name, value in values.items():
-            self.sums[SUMS.index(name)] += value
+                kl = kl_estimate(found.logprobs, pack.gather(targets.reference_logprobs), "k3")
+                self._add(reference_kl=torch.where(inputs.loss_mask, kl, 0).sum())
+        return found.loss
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from asyppo_megatron.kernels import ensemble_gae as module
-from asyppo_megatron.kernels import reference
 from asyppo_megatron.kernels.ensemble_gae import ensemble_gae
+from asyppo_megatron.ppo.ensemble_gae import ensemble_gae as reference_ensemble_gae
 
 NAN = float("nan")
 
@@ -20,7 +20,7 @@ def _several_blocks(monkeypatch):
 def compare(name, values, rewards, mask, cu_seqlens, **options):
     """Kernel in f32 against the reference in f64 on the same numbers, by absolute error."""
     wide = {k: v.cpu().double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    expected = reference.ensemble_gae(
+    expected = reference_ensemble_gae(
         values.cpu().double(), rewards.cpu().double(), mask.cpu(), cu_seqlens.cpu(), **wide
     )
     found = ensemble_gae(values, rewards, mask, cu_seqlens, **options)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from asyppo_megatron.kernels import reference
-from asyppo_megatron.kernels.linear_policy_loss import Head, linear_logprob_entropy, linear_policy_loss
+from asyppo_megatron.kernels.linear_policy_loss import linear_logprob_entropy, linear_policy_loss
+from asyppo_megatron.kernels.reference import Head
 from asyppo_megatron.ppo.logprob import logprob_entropy
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 21, 24, 301, 320
