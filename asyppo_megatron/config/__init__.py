@@ -22,7 +22,7 @@ from asyppo_megatron.config.roles import (
     ReferenceConfig,
     RoleConfig,
 )
-from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig, WeightSyncConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "RewardConfig",
     "RoleConfig",
     "RolloutConfig",
+    "SGLangConfig",
     "WeightSyncConfig",
     "apply_override",
     "build_config",
