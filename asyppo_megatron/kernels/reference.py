@@ -145,6 +145,7 @@ def policy_loss(
     dual_clip: float | None = None,
     aggregation: str = "seq-mean-token-mean",
     length_norm: float | None = None,
+    negative_scale: float = 0.5,
 ) -> PolicyLoss:
     """`ppo.losses.policy_loss` and the metrics of its tokens, float64 for float64 inputs."""
     total, count = losses.policy_loss(
@@ -163,6 +164,7 @@ def policy_loss(
         dual_clip=dual_clip,
         aggregation=aggregation,
         length_norm=length_norm,
+        negative_scale=negative_scale,
     )
     found = _metrics(
         logprobs,

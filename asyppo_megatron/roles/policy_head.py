@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from asyppo_megatron.config import ActorConfig
 from asyppo_megatron.kernels.policy import Operators
 from asyppo_megatron.kernels.reference import SEPARABLE, token_weights
 from asyppo_megatron.models.fused_head import FusedOutputLayer, LossTask, ScoreTask, install_fused_head
 from asyppo_megatron.parallel.process_groups import RoleGroups
-from asyppo_megatron.ppo.surrogates import Bound
+from asyppo_megatron.roles.pack_inputs import PackInputs
 from asyppo_megatron.roles.runner import Pack, PackRunner
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PackInputs:
-    """What the policy loss of a pack is made of, besides the model's output.
-
-    Attributes:
-        labels: i64 [t], as all of these of the whole pack.
-        old_logprobs: f32 [t], nats.
-        advantages: f32 [t].
-        loss_mask, advantage_mask, entropy_mask: bool [t].
-        cu_seqlens: i32 [n + 1].
-        count: 0-dim, the global denominator of the mini-batch.
-        options: settings of `kernels.reference.policy_loss`.
-        clip: maps the pack's entropies [t] to clip_low and clip_high, or None where `options` has them.
-        extra: maps the pack's logprobs [t] to further terms of its loss, their denominators applied; or None.
-    """
-
-    labels: torch.Tensor
-    old_logprobs: torch.Tensor
-    advantages: torch.Tensor
-    loss_mask: torch.Tensor
-    advantage_mask: torch.Tensor
-    entropy_mask: torch.Tensor
-    cu_seqlens: torch.Tensor
-    count: torch.Tensor
-    options: Mapping[str, Any]
-    clip: Callable[[torch.Tensor], tuple[Bound, Bound]] | None = None
-    extra: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +25,7 @@ class PackLoss:
     """Attributes:
     loss: 0-dim, differentiable: the pack's share of the mini-batch's loss, or this context-parallel rank's part of it.
     value: 0-dim, the pack's share, whole on every rank.
-    metrics: `kernels.reference.METRICS` of the pack, whole on every rank.
+    metrics: `kernels.reference.METRICS` of the pack, and those of further terms, whole on every rank.
     logprobs: f32 [t], without gradient, as the entropies.
     entropies: f32 [t].
     """
@@ -123,9 +95,11 @@ class LogitsHead:
             **options,
         )
         total = found.sum / inputs.count
+        metrics = found.metrics
         if inputs.extra is not None:
-            total = total + inputs.extra(logprobs)
-        return PackLoss(total, total.detach(), found.metrics, logprobs.detach(), entropies.detach())
+            terms, more = inputs.extra(logprobs)
+            total, metrics = total + terms, metrics | more
+        return PackLoss(total, total.detach(), metrics, logprobs.detach(), entropies.detach())
 
 
 class FusedHead:
@@ -183,21 +157,18 @@ def _whole(pack: Pack, *scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def build_head(
-    operators: Operators,
-    runner: PackRunner,
-    module: Any,
-    vocab_size: int,
-    temperature: float,
-    *,
-    fused: bool,
-    chunk: int,
-    fp32_logits: bool,
+    config: ActorConfig, operators: Operators, runner: PackRunner, module: Any, vocab_size: int, temperature: float
 ) -> PolicyHead:
     """The head that the configuration asks for; a fused one is put into the model."""
-    if not fused:
+    if not config.fused_head:
         return LogitsHead(operators, runner.groups, vocab_size, temperature)
     layer = install_fused_head(
-        module, operators, vocab_size=vocab_size, temperature=temperature, fp32_logits=fp32_logits, chunk=chunk
+        module,
+        operators,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        fp32_logits=config.fused_head_fp32_logits,
+        chunk=config.fused_head_chunk,
     )
     return FusedHead(layer, runner.groups)
 

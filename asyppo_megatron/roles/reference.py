@@ -35,16 +35,7 @@ class Reference:
         self.model = build_model(spec, model_config, groups, value_head=False, trainable=False).eval()
         load_hf(self.model, spec, path, tp_rank=groups.at.tp, tp_size=groups.layout.tp)
         self.runner = PackRunner(self.model, model_config, groups, config.max_tokens_per_micro_batch)
-        self.head = build_head(
-            operators,
-            self.runner,
-            self.model,
-            spec.vocab_size,
-            temperature,
-            fused=config.fused_head,
-            chunk=config.fused_head_chunk,
-            fp32_logits=config.fused_head_fp32_logits,
-        )
+        self.head = build_head(config, operators, self.runner, self.model, spec.vocab_size, temperature)
 
     def evaluate(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """{"reference_logprobs": f32 [T]} on output ranks."""

@@ -13,6 +13,7 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.dataset import Problem, Problems, PromptCursor, load_problems
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
-from asyppo_megatron.rollout.generation import sample_rows, step_requests, step_statistics, step_trajectories
-from asyppo_megatron.rollout.scoring import Scorer
+from asyppo_megatron.rollout.filtering import FilterCounts, GroupCollector
+from asyppo_megatron.rollout.generation import penalised, sample_rows, step_requests, step_statistics, step_trajectories
+from asyppo_megatron.rollout.scoring import ScoredResponses, Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
 from asyppo_megatron.types import pack_trajectories
 
@@ -80,6 +82,7 @@ class RolloutDriver:
         self._engine = build_engine(config)
         self._scorer = Scorer(self._engine, self._tokenizer, verifier)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate", initializer=limit_threads)
+        self._filtered = FilterCounts()  # since the run began
         self._step: int | None = None
         self._generation: Future[None] | None = None
 
@@ -90,14 +93,22 @@ class RolloutDriver:
             "num_problems": len(self._problems.items),
             "num_skipped": self._problems.skipped,
             "stop_token_ids": list(self._stops),
-            "rollout_state": self._cursor.state(),
+            "rollout_state": self._state(),
         }
 
     def restore(self, rollout_state: dict[str, Any]) -> dict[str, Any]:
         """Continue the dataset where a checkpoint left it."""
         self._require_idle("restore")
-        self._cursor.restore(rollout_state)
+        self._restore(rollout_state)
         return {}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._cursor.restore(state)
+        self._filtered = FilterCounts(**state.get("filtered", {}))
+
+    def _state(self) -> dict[str, Any]:
+        """All that later steps depend on or go on counting from."""
+        return self._cursor.state() | {"filtered": asdict(self._filtered)}
 
     def load_weights(self, path: str, policy_version: int) -> dict[str, Any]:
         self._require_idle("load_weights")
@@ -117,9 +128,8 @@ class RolloutDriver:
                 f"start of step {step}: got policy_version {policy_version}, but the engine has "
                 f"{self._engine.policy_version}; load these weights first"
             )
-        problems = self._cursor.take(self._config.rollout.prompts_per_step)
         self._step = step
-        self._generation = self._thread.submit(self._generate, step, problems, identity, self._cursor.state())
+        self._generation = self._thread.submit(self._generate, step, identity)
         return {"replayed": False}
 
     def wait(self, step: int, timeout_s: float) -> dict[str, Any]:
@@ -157,6 +167,7 @@ class RolloutDriver:
         """All that a step's rollouts depend on, weights by version; equal identities mean equal rollouts."""
         settings = {
             "rollout": self._config.rollout.model_dump(mode="json", exclude={"max_batch", "timeout_s"}),
+            "filtering": self._config.filtering.model_dump(mode="json"),
             "reward": self._config.reward.model_dump(mode="json", exclude={"workers"}),
             "stops": self._stops,
             "shuffle": self._config.data.shuffle,
@@ -165,7 +176,7 @@ class RolloutDriver:
             "step": step,
             "policy_version": policy_version,
             "seed": self._config.seed,
-            "rollout_state_before": self._cursor.state(),
+            "rollout_state_before": self._state(),
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
         }
 
@@ -182,29 +193,59 @@ class RolloutDriver:
         if other:
             log.info("step %d: the journal has one of another %s; generating it again", step, ", ".join(other))
             return False
-        self._cursor.restore(manifest["rollout_state_after"])
+        self._restore(manifest["rollout_state_after"])
         log.info("step %d: replayed from the journal", step)
         return True
 
-    def _generate(self, step: int, problems: list[Problem], identity: dict[str, Any], after: dict[str, Any]) -> None:
-        config = self._config.rollout
-        requests = step_requests(problems, config, self._stops, seed=self._config.seed, step=step)
-        group_size = config.responses_per_prompt
-        scores = self._scorer.run(requests, [problems[r.index // group_size].answer for r in requests])
-        trajectories = step_trajectories(problems, scores.responses, group_size)
+    def _generate(self, step: int, identity: dict[str, Any]) -> None:
+        config, filtering = self._config.rollout, self._config.filtering
+        problems, scores, counts = self._collect(step)
+        trajectories = step_trajectories(problems, scores.responses, config.responses_per_prompt)
         statistics = step_statistics(trajectories, scores)
+        trajectories, penalties = penalised(trajectories, config.max_response_tokens, filtering)
+        statistics |= penalties | {"skipped_prompts": self._problems.skipped}
+        self._filtered += counts
+        if filtering.drop_equal_groups:
+            statistics |= {f"filter/{name}": value for name, value in asdict(counts).items()}
+            statistics["filter/dropped_groups_total"] = self._filtered.dropped_groups
         journal.write_step(
             self._run_dir,
             pack_trajectories(trajectories, step),
             {
                 **identity,
-                "rollout_state_after": after,
+                "rollout_state_after": self._state(),
                 "statistics": statistics,
                 "memory_gb": peak_memory_gb(engine_device()),
             },
             sample_rows(problems, trajectories, scores.responses, journal.SAMPLES_SHOWN),
         )
         log.info("step %d: %s", step, json.dumps(statistics))
+
+    def _collect(self, step: int) -> tuple[list[Problem], ScoredResponses, FilterCounts]:
+        """A step's problems and responses: one round of generation, or as many as its filter asks for."""
+        config = self._config.rollout
+        size = config.responses_per_prompt
+        collector = GroupCollector(config.prompts_per_step, self._config.filtering)
+        problems: list[Problem] = []
+        rounds: list[ScoredResponses] = []
+        while count := collector.missing:
+            drawn = self._cursor.take(count)
+            requests = step_requests(
+                drawn, config, self._stops, seed=self._config.seed, step=step, first_group=len(problems)
+            )
+            scores = self._scorer.run(requests, [drawn[r.index // size].answer for r in requests])
+            rewards = [r.verdict.reward for r in scores.responses]
+            collector.add([rewards[i : i + size] for i in range(0, len(rewards), size)])
+            problems += drawn
+            rounds.append(scores)
+        chosen = collector.chosen()
+        responses = [r for scores in rounds for r in scores.responses]
+        scores = ScoredResponses(
+            [responses[group * size + sample] for group in chosen for sample in range(size)],
+            sum(s.generate_s for s in rounds),
+            sum(s.verify_s for s in rounds),
+        )
+        return [problems[group] for group in chosen], scores, collector.counts()
 
     def _evaluate(self, step: int, name: str) -> EvalResult:
         result = evaluate_set(

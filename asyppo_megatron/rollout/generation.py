@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from asyppo_megatron.config import RolloutConfig
+from asyppo_megatron.config import FilteringConfig, RolloutConfig
 from asyppo_megatron.rollout.dataset import Problem
 from asyppo_megatron.rollout.engine import GenerationRequest
+from asyppo_megatron.rollout.filtering import overlong_penalty
 from asyppo_megatron.rollout.scoring import Scored, ScoredResponses, stable_seed
 from asyppo_megatron.types import Trajectory
 
 
 def step_requests(
-    problems: Sequence[Problem], config: RolloutConfig, stop_token_ids: tuple[int, ...], *, seed: int, step: int
+    problems: Sequence[Problem],
+    config: RolloutConfig,
+    stop_token_ids: tuple[int, ...],
+    *,
+    seed: int,
+    step: int,
+    first_group: int = 0,
 ) -> list[GenerationRequest]:
-    """G requests a problem, in (group, sample) order; each with a seed of its own."""
+    """G requests a problem, in (group, sample) order; each with a seed of its own.
+
+    Args:
+        first_group: groups of the step that were drawn before these.
+    """
     return [
         GenerationRequest(
             index=group * config.responses_per_prompt + sample,
@@ -27,7 +39,7 @@ def step_requests(
             top_k=config.top_k,
             stop_token_ids=stop_token_ids,
             # The group tells two visits of one problem apart where an epoch ends within a step.
-            seed=stable_seed(seed, step, group, problem.id, sample),
+            seed=stable_seed(seed, step, first_group + group, problem.id, sample),
         )
         for group, problem in enumerate(problems)
         for sample in range(config.responses_per_prompt)
@@ -52,6 +64,21 @@ def step_trajectories(problems: Sequence[Problem], responses: Sequence[Scored], 
         )
         for i, r in enumerate(responses)
     ]
+
+
+def penalised(
+    trajectories: Sequence[Trajectory], max_tokens: int, config: FilteringConfig
+) -> tuple[list[Trajectory], dict[str, float]]:
+    """Trajectories whose rewards bear the penalty on length, and what it came to."""
+    if config.overlong_fraction == 0:
+        return list(trajectories), {}
+    penalties = [overlong_penalty(len(t.response_tokens), max_tokens, config) for t in trajectories]
+    changed = [replace(t, reward=t.reward + p) for t, p in zip(trajectories, penalties, strict=True)]
+    return changed, {
+        "reward": sum(t.reward for t in changed) / len(changed),
+        "overlong_penalty": sum(penalties) / len(penalties),
+        "overlong_rate": sum(p < 0 for p in penalties) / len(penalties),
+    }
 
 
 def step_statistics(trajectories: Sequence[Trajectory], scores: ScoredResponses) -> dict[str, Any]:
