@@ -84,7 +84,8 @@ BF16 = [
 MATRIX = [
     Case(f"tp{tp}-pp{pp}-cp{cp}-{tied=}-{distributed=}-{recompute}-{tokens}", (0, 1, 2, 3), tied, tp, pp, cp,
          distributed=distributed, recompute=recompute, max_tokens=tokens)
-    for tp, pp, cp in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+    for tp, pp, cp in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2),
+                       (1, 1, 4)]
     for tied in (True, False)
     for distributed in (True, False)
     for recompute in ("none", "selective", "full")
@@ -92,7 +93,8 @@ MATRIX = [
 ] + [
     Case(f"fused-tp{tp}-pp{pp}-cp{cp}-{tied=}-{distributed=}-{sp=}-{tokens}", (0, 1, 2, 3), tied, tp, pp, cp, sp,
          distributed=distributed, max_tokens=tokens, fused=True)
-    for tp, pp, cp, sp in [(4, 1, 1, True), (4, 1, 1, False), (2, 2, 1, False), (1, 4, 1, None), (2, 1, 2, True), (1, 2, 2, None)]
+    for tp, pp, cp, sp in [(4, 1, 1, True), (4, 1, 1, False), (2, 2, 1, False), (1, 4, 1, None), (2, 1, 2, True),
+                           (1, 2, 2, None)]
     for tied in (True, False)
     for distributed in (True, False)
     for tokens in (WHOLE, SMALL)
