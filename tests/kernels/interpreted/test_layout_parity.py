@@ -23,7 +23,7 @@ def directory(device, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("ranks share no GPU here")
     path = tmp_path_factory.mktemp("parity")
     run_forked(0, path, make_reference, path)
-    run_forked(RANKS, path, run_cases, path, CASES)
+    run_forked(RANKS, path, run_cases, path, CASES, timeout_s=900)
     return path
 
 
