@@ -152,8 +152,8 @@ def cpu_of_children() -> float:
 def table(results: dict[str, Any]) -> str:
     """Markdown, one row a method: values over seeds as they came out."""
     lines = [
-        "| method | ranks | critics | greedy before | greedy after (seeds 0, 1, ...) | mean | CPU s a run | CPU s of the "
-        "ranks' steps | peak MiB | step / own time |",
+        "| method | ranks | critics | greedy before | greedy after, each seed | mean | CPU s a run | CPU s, ranks' steps "
+        "| peak MiB | step / own time |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:

@@ -32,52 +32,45 @@ class FilterCounts:
         return FilterCounts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
-class GroupCollector:
-    """Decides round by round how many groups a batch still needs; holds indices and counts, no responses.
+def kept_groups(rewards: Sequence[Sequence[float] | None], wanted: int, config: FilteringConfig) -> list[bool]:
+    """Which of the groups in line take a place in a batch; it depends on the line's order alone.
+
+    Once (max_rounds - 1) x wanted groups have been dropped for a batch, its other places go to the groups that come,
+    whatever their rewards.
 
     Args:
-        wanted: groups of the batch.
-        config: with `drop_equal_groups` off, the first round is the batch.
+        rewards: of the responses of each group, before any penalty; None for a group that is not finished, which
+            counts as kept.
+        wanted: groups of a batch.
+        config: with `drop_equal_groups` off, every group is kept.
     """
+    most = (config.max_rounds - 1) * wanted if config.drop_equal_groups else 0
+    found: list[bool] = []
+    kept = dropped = 0  # of the batch under way
+    for group in rewards:
+        drop = group is not None and dropped < most and is_equal(group)
+        found.append(not drop)
+        kept, dropped = kept + (not drop), dropped + drop
+        if kept == wanted:
+            kept = dropped = 0
+    return found
 
-    def __init__(self, wanted: int, config: FilteringConfig):
-        self._wanted, self._config = wanted, config
-        self._kept: list[int] = []
-        self._equal: list[int] = []
-        self._rounds = 0
 
-    @property
-    def missing(self) -> int:
-        """Groups to generate in the next round; 0 when the batch is full or no round is left."""
-        if self._rounds == (self._config.max_rounds if self._config.drop_equal_groups else 1):
-            return 0
-        return self._wanted - len(self._kept)
+def is_equal(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards say nothing about which response is better."""
+    return max(rewards) == min(rewards)
 
-    def add(self, rewards: Sequence[Sequence[float]]) -> None:
-        """Take in a round.
 
-        Args:
-            rewards: of the responses of each of the `missing` groups, before any penalty.
-        """
-        if len(rewards) != self.missing:
-            raise ValueError(f"round of groups: got {len(rewards)}, need {self.missing}")
-        first = len(self._kept) + len(self._equal)
-        for index, group in enumerate(rewards, first):
-            informative = not self._config.drop_equal_groups or max(group) > min(group)
-            (self._kept if informative else self._equal).append(index)
-        self._rounds += 1
+def count_groups(rewards: Sequence[Sequence[float]], kept: Sequence[bool], rounds: int) -> FilterCounts:
+    """What filtering did to the groups of a batch and those dropped between them."""
+    filled = sum(k and is_equal(r) for r, k in zip(rewards, kept, strict=True))
+    return FilterCounts(rounds, len(kept), len(kept) - sum(kept), filled)
 
-    def chosen(self) -> list[int]:
-        """The groups of the batch in the order in which they were drawn, numbered over all rounds.
 
-        Where too few differ, the batch keeps its size with the first of those that do not.
-        """
-        return sorted([*self._kept, *self._equal[: self._wanted - len(self._kept)]])
-
-    def counts(self) -> FilterCounts:
-        filled = self._wanted - len(self._kept)
-        drawn = len(self._kept) + len(self._equal)
-        return FilterCounts(self._rounds, drawn, len(self._equal) - filled, filled)
+def filter_statistics(counts: FilterCounts, total: FilterCounts) -> dict[str, float]:
+    """What a step's metrics say: of its batch, and of the run so far."""
+    of_step = {f"filter/{name}": value for name, value in asdict(counts).items()}
+    return of_step | {"filter/dropped_groups_total": total.dropped_groups}
 
 
 def overlong_penalty(length: int, max_tokens: int, config: FilteringConfig) -> float:

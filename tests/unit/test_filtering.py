@@ -10,44 +10,49 @@ import pytest
 from driver_runs import GROUPS, SAMPLES, Drivers, assert_equal, configure, copy_of, make_demo
 
 from asyppo_megatron.config import FilteringConfig
+from asyppo_megatron.rewards import Verdict
 from asyppo_megatron.rollout import journal
-from asyppo_megatron.rollout.filtering import FilterCounts, GroupCollector, overlong_penalty
+from asyppo_megatron.rollout.buffer import Group, GroupBuffer
+from asyppo_megatron.rollout.dataset import Problem
+from asyppo_megatron.rollout.engine import Completion
+from asyppo_megatron.rollout.filtering import FilterCounts, count_groups, kept_groups, overlong_penalty
+from asyppo_megatron.rollout.scoring import Scored
 
 EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
+DROP = FilteringConfig(drop_equal_groups=True)
 
 
-def collect(wanted: int, rounds: list[list[list[float]]], **options) -> GroupCollector:
-    collector = GroupCollector(wanted, FilteringConfig(drop_equal_groups=True, **options))
-    for groups in rounds:
-        assert collector.missing == len(groups)
-        collector.add(groups)
-    return collector
+def test_groups_of_equal_rewards_take_no_place():
+    line = [MIXED, EQUAL, EQUAL, EQUAL, MIXED, MIXED]
+    kept = kept_groups(line, 3, DROP)
+    assert kept == [True, False, False, False, True, True]
+    assert count_groups(line, kept, 3) == FilterCounts(rounds=3, drawn_groups=6, dropped_groups=3, filled_groups=0)
 
 
-def test_groups_of_equal_rewards_are_drawn_again_until_the_batch_is_full():
-    collector = collect(3, [[MIXED, EQUAL, EQUAL], [EQUAL, MIXED], [MIXED]])
-    assert collector.missing == 0
-    assert collector.chosen() == [0, 4, 5]
-    assert collector.counts() == FilterCounts(rounds=3, drawn_groups=6, dropped_groups=3, filled_groups=0)
+def test_when_the_rounds_are_used_up_groups_are_taken_as_they_come():
+    line = [EQUAL, MIXED, EQUAL, EQUAL, EQUAL]
+    kept = kept_groups(line, 3, FilteringConfig(drop_equal_groups=True, max_rounds=2))
+    assert kept == [False, True, False, False, True]  # after three dropped groups, a round's worth
+    assert count_groups(line, kept, 2) == FilterCounts(rounds=2, drawn_groups=5, dropped_groups=3, filled_groups=1)
+    assert kept_groups([EQUAL] * 3, 3, FilteringConfig(drop_equal_groups=True, max_rounds=1)) == [True] * 3
 
 
-def test_when_the_rounds_are_used_up_the_batch_keeps_its_size():
-    collector = collect(3, [[EQUAL, MIXED, EQUAL], [EQUAL, EQUAL]], max_rounds=2)
-    assert collector.missing == 0
-    assert collector.chosen() == [0, 1, 2]
-    assert collector.counts() == FilterCounts(rounds=2, drawn_groups=5, dropped_groups=2, filled_groups=2)
+def test_every_batch_in_line_has_rounds_of_its_own():
+    config = FilteringConfig(drop_equal_groups=True, max_rounds=2)
+    line = [EQUAL, EQUAL, EQUAL, EQUAL, *[EQUAL] * 4]
+    assert kept_groups(line, 2, config) == [False, False, True, True] * 2
 
 
-def test_without_the_option_the_first_round_is_the_batch():
-    collector = GroupCollector(2, FilteringConfig())
-    collector.add([EQUAL, EQUAL])
-    assert collector.missing == 0 and collector.chosen() == [0, 1]
-    assert collector.counts() == FilterCounts(rounds=1, drawn_groups=2)
+def test_an_unfinished_group_counts_as_kept_and_changes_nothing_before_it():
+    line = [EQUAL, MIXED, None, EQUAL, None]
+    kept = kept_groups(line, 3, DROP)
+    assert kept == [False, True, True, False, True]
+    for rewards in (EQUAL, MIXED):
+        assert kept_groups([*line[:2], rewards], 3, DROP)[:2] == kept[:2]
 
 
-def test_a_round_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="round of groups: got 1, need 2"):
-        collect(2, []).add([MIXED])
+def test_without_the_option_every_group_is_kept():
+    assert kept_groups([EQUAL, MIXED, EQUAL], 2, FilteringConfig()) == [True] * 3
 
 
 def test_counts_add_up():
@@ -173,3 +178,32 @@ def test_other_filtering_settings_are_no_replay(demo, drivers, tmp_path):
         assert handle.client.start(0, 0) is replayed
         assert handle.client.wait(0, 60)
         handle.close()
+
+
+# --- in the line of groups
+
+
+def finished(rewards: list[float]) -> list[Scored]:
+    completion = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", 0, 1.0)
+    return [Scored(completion, "", Verdict(r)) for r in rewards]
+
+
+def test_refused_groups_leave_with_the_batch_that_they_were_drawn_for():
+    buffer = GroupBuffer(prompts_per_step=2, max_staleness=1)
+    problem = Problem("p", "", "", np.zeros(1, np.int32))
+    line = [Group(position, problem, {"consumed": position + 1}) for position in range(6)]
+    buffer.add(line[:4])
+    assert buffer.missing(0, 0) == 0
+    line[1].responses, line[3].responses = finished(EQUAL), finished(MIXED)
+    buffer.refuse(DROP)
+    assert [g.kept for g in line[:4]] == [True, False, True, True] and buffer.missing(0, 0) == 1
+    assert buffer.take_batch() is None  # the first group is not finished
+    line[0].responses, line[2].responses = finished(EQUAL), finished(MIXED)
+    buffer.refuse(DROP)
+    assert buffer.missing(0, 0) == 2
+    assert buffer.take_batch() == line[:4]
+    buffer.add(line[4:])
+    for group in line[4:]:
+        group.responses = finished(MIXED)
+    buffer.refuse(DROP)
+    assert buffer.take_batch() == line[4:] and len(buffer) == 0
