@@ -86,6 +86,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         calculate_per_token_loss=True,  # losses arrive divided by the global count: Megatron must not rescale them
         finalize_model_grads_func=finalize,
