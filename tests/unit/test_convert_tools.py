@@ -15,7 +15,7 @@ import torch
 from convert_configs import FAMILIES, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 
-from asyppo_megatron.convert import pool, safetensors_file
+from asyppo_megatron.convert import pool, raw_file
 from asyppo_megatron.convert.cli import main
 from asyppo_megatron.convert.critic import initial_value_head
 from asyppo_megatron.convert.pool import run_split, split
@@ -159,12 +159,24 @@ def test_full_disk_is_named_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = ("--megatron", tmp_path / "m") if direction == "to-hf" else ("--hf", tmp_path / "hf")
-    monkeypatch.setattr(safetensors_file.os, "pwrite", full)
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(raw_file.os, "pwrite", full)
+    monkeypatch.setattr(raw_file.os, "sendfile", full)
     assert convert(direction, *source, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "No space left on device; free space there" in error and ".out.partial" in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m"]
+
+
+def test_result_is_the_same_where_the_kernel_copies_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = write_checkpoint(tmp_path / "hf", tiny_config())
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(raw_file.os, "sendfile", refuse)
+    assert convert("to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "m", "--tp", 2) == 0
+    assert convert("to-hf", "--megatron", tmp_path / "m", "--out", tmp_path / "h") == 0
+    assert_equal(tensors_of(tmp_path / "h"), tensors)
 
 
 @pytest.mark.parametrize("victim", ["parent", "child"])
