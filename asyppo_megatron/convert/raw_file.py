@@ -1,7 +1,8 @@
-"""Bytes of tensors in files: mapped to be read, copied by the kernel where nothing changes, on their way to the device early.
+"""Bytes of tensors in files: mapped to be read, copied by the kernel where nothing changes, flushed early.
 
-A conversion mostly moves bytes as they are. Through a process's memory each costs a page fault and a second copy; between
-files the kernel moves them by itself. And a device that starts writing only when everything is there makes the end wait.
+A conversion mostly moves bytes as they are. Through a process's memory each costs a page fault and a second copy;
+between files the kernel moves them by itself. And a device that begins to write only when everything is there makes
+the end wait.
 """
 
 from __future__ import annotations
@@ -162,5 +163,5 @@ def copy_at(fd: int, source: Span, offset: int, *, early: bool = False) -> None:
 
 
 def _begin_flush(fd: int, offset: int, length: int) -> None:
-    """Start to write a range to the device without waiting for it. A hint: where it fails, the sync at the end does it."""
+    """Start to write a range to the device without waiting for it. A hint: the sync at the end does what it did not."""
     _LIBC.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
