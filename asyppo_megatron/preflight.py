@@ -56,6 +56,8 @@ def _model_errors(config: Config) -> list[str]:
         except ValueError as e:
             errors.append(f"{where}.model: {e}")
             continue
+        if spec.num_experts:
+            errors.append(f"{where}.model: got a mixture of experts, need a dense model; those are only converted")
         errors.extend(spec.layout_errors(layout, where))
         errors.extend(_weight_errors(where, path, spec))
         if limit > spec.max_position_embeddings:

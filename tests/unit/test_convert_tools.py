@@ -53,6 +53,27 @@ def test_both_ways_are_exact(tmp_path: Path, family: str, tied: bool, dtype: tor
     assert (back / "tokenizer.json").exists() and (back / "generation_config.json").exists()
 
 
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixture_of_experts_is_exact_both_ways(tmp_path: Path, ep: int, dtype: torch.dtype) -> None:
+    tensors = write_checkpoint(tmp_path / "hf", tiny_config("qwen3_moe"), dtype=dtype)
+    layout = ["--tp", 2, "--ep", ep]
+    assert convert("to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "m", *layout) == 0
+    assert convert("to-hf", "--megatron", tmp_path / "m", "--out", tmp_path / "h", *layout) == 0
+    assert_equal(tensors_of(tmp_path / "h"), tensors)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_mixture_of_experts_has_the_logits_of_transformers(tmp_path: Path, normalised: bool) -> None:
+    write_checkpoint(tmp_path / "hf", tiny_config("qwen3_moe", norm_topk_prob=normalised))
+    command = [sys.executable, "-m", "asyppo_megatron", "convert", "to-megatron", "--verify", *TWO]
+    command += ["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "tensors are equal, logits agree to" in done.stdout
+
+
 def test_result_loads_in_transformers_without_a_word(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 

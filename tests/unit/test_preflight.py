@@ -111,6 +111,12 @@ def test_damaged_weights_are_named_by_file_and_tensor(tree, tmp_path):
     assert others == [f"critics.{m}.model: {wrong}" for m in (0, 1)]
 
 
+def test_a_mixture_of_experts_is_not_trained(tree, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    tree["actor"]["model"] = str(make_model(tmp_path / "moe", architectures=["Qwen3MoeForCausalLM"], **experts))
+    assert errors_of(tree) == ["actor.model: got a mixture of experts, need a dense model; those are only converted"]
+
+
 def test_wrong_rows_are_named_by_set_file_and_line(tree, tmp_path):
     train, evaluation = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
     with train.open("a") as file:
