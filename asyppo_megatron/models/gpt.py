@@ -121,6 +121,7 @@ def _experts(spec: ModelSpec) -> dict[str, Any]:
         # Weights of the chosen experts: their softmax among themselves, or among all experts and not renormalised.
         "moe_router_pre_softmax": not spec.norm_topk_prob,
         "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp64",  # in any other, Megatron-Core 0.16 needs Transformer Engine
         "moe_token_dispatcher_type": "allgather",  # the other one wants CUDA streams
     }
 
