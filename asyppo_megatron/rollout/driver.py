@@ -25,6 +25,7 @@ from asyppo_megatron.rewards import build_verifier
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.buffer import Group, GroupBuffer
 from asyppo_megatron.rollout.dataset import Problems, PromptCursor, load_problems
+from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
@@ -54,7 +55,7 @@ def build_engine(config: Config) -> Engine:
         return build_embedded_engine(config)
     from asyppo_megatron.rollout.sglang import SGLangEngine  # aiohttp comes with SGLang, which not every machine has
 
-    return SGLangEngine(config.rollout, ModelSpec.from_hf(config.actor.model).vocab_size)
+    return SGLangEngine(config.rollout, EngineFinder(config), ModelSpec.from_hf(config.actor.model).vocab_size)
 
 
 def build_embedded_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
@@ -148,6 +149,15 @@ class RolloutDriver:
 
     def resume(self) -> dict[str, Any]:
         self._engine.resume()
+        return {}
+
+    def begin_update(self) -> dict[str, Any]:
+        """The trainer is about to change the engines' weights by a transport of its own; which engines to change."""
+        return {"urls": self._engine.begin_update()}
+
+    def end_update(self, policy_version: int) -> dict[str, Any]:
+        """The engines have these weights now; one that has not is used no more."""
+        self._engine.end_update(policy_version)
         return {}
 
     def start(self, step: int, policy_version: int) -> dict[str, Any]:
@@ -281,7 +291,8 @@ class RolloutDriver:
                 self._accept(groups, scores, wave)
                 self._journal_batches()
                 self._waves -= 1
-                self._fill()  # where groups were refused
+                if self._failure is None:
+                    self._fill()  # where groups were refused
                 self._changed.notify_all()
         except Exception as e:  # whatever it is, the trainer must hear of it
             log.exception("rollouts of step %d failed", self._next)

@@ -9,12 +9,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import aiohttp
 
 from asyppo_megatron.config import SGLangConfig
+from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.sglang_server import EngineFault, Server
 from asyppo_megatron.types import RunError
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 ANSWER_TIMEOUT_S = 60.0  # for what a server answers between two tokens
 FLUSH_TIMEOUT_S = 60.0
 WATCH_S = 0.5
+_SEARCH_S = 1.0  # between two looks for servers while none is ready
 
 
 class EngineError(RunError):
@@ -34,7 +35,7 @@ class ServerPool:
 
     Args:
         config: how patient to be.
-        discover: (url, incarnation) of the servers of now; those that are gone are dropped.
+        finder: knows the servers of now; those that are gone are dropped.
         pause_mode: what happens to requests under way when new weights come, in SGLang's words.
     """
 
@@ -42,10 +43,10 @@ class ServerPool:
         self,
         config: SGLangConfig,
         session: aiohttp.ClientSession,
-        discover: Callable[[aiohttp.ClientSession], object],
+        finder: EngineFinder,
         pause_mode: str,
     ):
-        self._config, self._session, self._discover, self._mode = config, session, discover, pause_mode
+        self._config, self._session, self._finder, self._mode = config, session, finder, pause_mode
         self._servers: dict[str, Server] = {}
         self._weights: tuple[Path | None, int] | None = None
         self._changed = asyncio.Condition()
@@ -94,7 +95,8 @@ class ServerPool:
             self._changed.notify(1)
 
     def _none_usable(self) -> str:
-        found = "; ".join(f"{s.url}: {s.reason}" for s in self._servers.values()) or "none is known"
+        lost = [f"{s.url}: {s.reason}" for s in self._servers.values() if not s.is_ready]
+        found = "; ".join([*lost, *self._finder.missing]) or "none is known"
         return (
             f"engines: none usable for {self._config.patience_s:.0f} s (rollout.sglang.patience_s): {found}; "
             "see the engines' logs"
@@ -233,7 +235,7 @@ class ServerPool:
     # --- health
 
     async def _find_servers(self) -> None:
-        found: Sequence[tuple[str, str]] = await self._discover(self._session)  # type: ignore[misc]
+        found = await asyncio.to_thread(self._finder.find)
         for url, incarnation in found:
             server = self._servers.setdefault(url, Server(url, incarnation=incarnation))
             if server.incarnation != incarnation:
@@ -254,7 +256,8 @@ class ServerPool:
             now = time.monotonic()
             if not self.ready or any(s.failures for s in self.ready):
                 await self._tell()
-            if now - searched > self._config.health_interval_s and self._weights is not None:
+            patience = self._config.health_interval_s if self.ready else _SEARCH_S
+            if now - searched > patience and self._weights is not None:
                 searched = now
                 await self._find_servers()
             for server in list(self._servers.values()):

@@ -52,6 +52,15 @@ class DriverSource:
         if self._handle is not None:
             self._handle.client.load_weights(directory, policy_version)
 
+    def begin_update(self) -> list[str]:
+        """Announce that another transport will change the engines' weights; URLs of the engines, on rank 0."""
+        return self._handle.client.begin_update() if self._handle is not None else []
+
+    def end_update(self, policy_version: int) -> None:
+        """Tell the driver that the engines have these weights."""
+        if self._handle is not None:
+            self._handle.client.end_update(policy_version)
+
     def start(self, step: int, policy_version: int) -> None:
         """Begin the rollouts of a step; returns at once."""
         if self._handle is not None:
