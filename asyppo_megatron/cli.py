@@ -1,4 +1,4 @@
-"""The command line: asyppo train | demo | eval | prepare | convert | report."""
+"""The command line: asyppo train | serve | demo | pretrain-critics | eval | prepare | convert | report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from asyppo_megatron.config import Config, ConfigError, EvalSetConfig, load_config
 
 DEMO_CONFIG = Path("model_configs/runs/demo.yaml")
+PRETRAIN_STEPS = 50  # VAPO, arXiv 2504.05118
 DEMO_GPU_CONFIG = Path("model_configs/runs/demo_gpu.yaml")
 
 
@@ -65,11 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a run, or resume it")
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
+    serve = command("serve", _serve, "supervise the SGLang engines of this node for a run")
+    serve.add_argument("config", type=Path)
+    serve.add_argument("--address-file", type=Path, metavar="FILE", help="default: run_dir/agents/NODE.json")
+    serve.add_argument("--linger", type=float, metavar="S", help="end when no run has been there for so long")
+    serve.add_argument("overrides", nargs="*", metavar="key=value")
     demo = command("demo", _demo, "make the demo's data and base models, then train")
     default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
     demo.add_argument("--config", type=Path, help=default)
     demo.add_argument("--data", type=Path, default=Path("runs/demo-data"))
     demo.add_argument("overrides", nargs="*", metavar="key=value")
+    pretrain = command(
+        "pretrain-critics", _pretrain_critics, "train the critics of a run on its unchanged policy, before the run"
+    )
+    pretrain.add_argument("config", type=Path)
+    pretrain.add_argument("--steps", type=_count, default=PRETRAIN_STEPS, metavar="N", help=f"default {PRETRAIN_STEPS}")
+    pretrain.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate = command("eval", _eval, "evaluate a Hugging Face model on the data.eval sets of a configuration")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--model", type=Path, help="Hugging Face directory; default: the run's exported actor")
@@ -138,18 +150,40 @@ def _train(arguments: argparse.Namespace) -> None:
     train_config(load_config(arguments.config, arguments.overrides))
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    from asyppo_megatron.launch.agent import serve
+
+    logging.basicConfig(level=config.logging.level, format="%(asctime)s %(message)s", force=True)
+    print(f"agent ended: {serve(config, _num_gpus(), arguments.address_file, arguments.linger)}", file=sys.stderr)
+
+
 def train_config(config: Config) -> None:
     """Check everything, then train here (or as the rank that a launcher started)."""
     from asyppo_megatron.preflight import check_run
 
     check_run(config)
     _quiet_imports(config.run_dir, "launcher")
+    from asyppo_megatron.launch.run_agent import ensure_agent, needs_own_agent
+
+    gpus = _num_gpus()
+    agent = ensure_agent(config, gpus) if needs_own_agent(config) and os.environ.get("RANK", "0") == "0" else None
+    finished = False
+    try:
+        _train_ranks(config, gpus)
+        finished = True
+    finally:
+        if agent is not None:
+            agent.close(finished)
+
+
+def _train_ranks(config: Config, gpus: int) -> None:
+    """As the rank that a launcher started, or as all ranks of this machine."""
     from asyppo_megatron.launch.local import is_launched, run_ranks
 
     if is_launched():
         _train_rank(config)
         return
-    gpus = _num_gpus()
     if gpus and config.num_ranks > gpus:
         found = f"ranks: got {config.num_ranks} on a machine of {gpus} GPU(s), need one GPU a rank"
         raise ConfigError([f"{found}; let roles share ranks, or set CUDA_VISIBLE_DEVICES= to run on the CPU"])
@@ -158,6 +192,18 @@ def train_config(config: Config) -> None:
         # Engine may start CUDA while it is imported.
         import asyppo_megatron.train  # noqa: F401
     run_ranks(config.num_ranks, lambda rank: _train_rank(config), config.run_dir / "logs")
+
+
+def _pretrain_critics(arguments: argparse.Namespace) -> None:
+    from asyppo_megatron.config.methods import pretraining
+
+    config, errors = pretraining(load_config(arguments.config, arguments.overrides), arguments.steps)
+    if errors:
+        raise ConfigError(errors)
+    train_config(config)
+    print("critics, pre-trained; to start a run from them:")
+    for index in range(config.num_critics):
+        print(f"  critics.{index}.model={config.run_dir / 'hf' / f'critic_{index}'}")
 
 
 def _train_rank(config: Config) -> None:
