@@ -1,8 +1,7 @@
-"""Sections of generation and of the weights' way into the engines."""
+"""The section of generation."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -22,8 +21,3 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's and the model's end-of-sequence tokens
     max_batch: int = Field(256, ge=1)  # embedded engine: sequences generated at once
     timeout_s: float = Field(3600.0, gt=0)  # longest wait for one batch
-
-
-class WeightSyncConfig(Section):
-    bucket_mb: int = Field(256, ge=1)
-    dir: Path | None = None  # None: shared memory when it has room, else the run directory
