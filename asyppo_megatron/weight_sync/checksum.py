@@ -9,7 +9,7 @@ those of the trainer; what an engine derives from them (a cache, a captured grap
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from asyppo_megatron.convert.rows import Kind
 from asyppo_megatron.convert.table import Entry
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.types import RunError
-from asyppo_megatron.weight_sync.buckets import BucketPlan
 
 _VOCAB_MULTIPLE = 64  # SGLang pads a vocabulary to this
 _ROTATION = 8  # a sampled sync compares about 1/8 of a model, another part each time
@@ -101,18 +100,37 @@ class Sample:
 
 
 def add_checksums(
-    found: Checksums, plan: BucketPlan, flat: Tensor, sample: Sample, sizes: Sequence[int], spec: ModelSpec
+    found: Checksums,
+    entries: Iterable[tuple[Entry, Sequence[Tensor]]],
+    sample: Sample,
+    sizes: Sequence[int],
+    spec: ModelSpec,
 ) -> None:
-    """Put what an engine should report of a bucket into `found`, for every engine tp size in `sizes`."""
-    for entry, slots in plan.entries:
+    """Put what engines should report of some entries into `found`.
+
+    Args:
+        entries: with their full Hugging Face tensors, in table order.
+        sizes: the engines' tp sizes.
+    """
+    for entry, tensors in entries:
         name = engine_name(entry)
         if name is None or name not in sample:
             continue
-        tensors = [slot.view(flat) for slot in slots]
         for tp in sizes:
             ranks = found.setdefault(tp, [{} for _ in range(tp)])
             for rank in range(tp):
                 ranks[rank][name] = _hash(_engine_shards(entry.kind, tensors, rank, tp, spec))
+
+
+def merge(parts: Iterable[Mapping[Any, Sequence[Mapping[str, str]]]]) -> Checksums:
+    """The stages' checksums as one; keys may have become texts on the way."""
+    whole: Checksums = {}
+    for part in parts:
+        for tp, ranks in part.items():
+            own = whole.setdefault(int(tp), [{} for _ in ranks])
+            for mine, more in zip(own, ranks, strict=True):
+                mine.update(more)
+    return whole
 
 
 def compare(url: str, policy_version: int, expected: Sequence[Mapping[str, str]], answer: Mapping[str, Any]) -> int:

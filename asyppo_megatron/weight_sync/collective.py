@@ -28,7 +28,6 @@ class GroupPlan:
     Attributes:
         key: of the group; another one when any of its engines is another process.
         engines: (url, tp size).
-        host: the senders' address, "" for each its own.
     """
 
     key: str
@@ -69,7 +68,7 @@ class Turns:
     def __init__(self, store: dist.Store, prefix: str, stages: Sequence[int], first: int):
         order = [(first + i) % len(stages) for i in range(len(stages))]
         self._turns = [(k, s) for k in range(max(stages)) for s in order if k < stages[s]]
-        self._store, self._prefix = store, prefix
+        self._store, self._prefix = store.clone(), prefix  # a wait holds its connection against every other use
 
     def wait(self, index: int, stage: int) -> None:
         at = self._turns.index((index, stage))
@@ -89,18 +88,17 @@ class CollectiveSender:
     Attributes:
         stage: pipeline stage of this sender.
         name: prefix of the groups' names, unique to the run.
-        host: this process's address as the engines reach it.
+        send: brings a bucket's bytes to a group.
     """
 
     stage: int
     name: str
-    host: str
     device: torch.device
     timeout_s: float
     send: Callable[[UpdateGroup, Tensor], None] = lambda group, flat: group.broadcast(flat)
     _groups: dict[str, UpdateGroup] = field(default_factory=dict)
     _made: int = 0
-    _threads: ThreadPoolExecutor | None = None
+    _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
     errors: dict[str, EngineError] = field(default_factory=dict)
 
     def prepare(self, plans: Sequence[GroupPlan], keep: Sequence[GroupPlan]) -> None:
@@ -112,25 +110,27 @@ class CollectiveSender:
         wanted = {p.key for p in (*plans, *keep)}
         for key in [k for k in self._groups if k not in wanted]:
             self._groups.pop(key).close()
+        for key in [k for k in self._threads if k not in wanted]:
+            self._threads.pop(key).shutdown()
         for plan in plans:
+            if plan.key not in self._threads:
+                self._threads[plan.key] = ThreadPoolExecutor(1, thread_name_prefix="weight-sync")
             if plan.key in self._groups:
                 continue
             self._made += 1
             name = f"{self.name}-{self.stage}-{self._made}"
             try:
                 self._groups[plan.key] = UpdateGroup(
-                    name, list(plan.engines), host=self.host, device=self.device, timeout_s=self.timeout_s
+                    name, list(plan.engines), device=self.device, timeout_s=self.timeout_s
                 )
             except (EngineError, RuntimeError) as e:  # RuntimeError: torch's, of a rendezvous that failed
                 self._fail(plan.key, e)
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(8, thread_name_prefix="weight-sync")
 
     def start(self, bucket: Bucket, index: int, plans: Sequence[GroupPlan], turns: Sequence[Turns]) -> None:
         """Begin to send a bucket; it is `busy` until every group has it or has failed."""
-        assert self._threads is not None
         for plan, turn in zip(plans, turns, strict=True):
-            bucket.busy.append(self._threads.submit(self._send, plan, turn, bucket.plan, bucket.flat, index))
+            thread = self._threads[plan.key]
+            bucket.busy.append(thread.submit(self._send, plan, turn, bucket.plan, bucket.flat, index))
 
     def _send(self, plan: GroupPlan, turn: Turns, bucket: BucketPlan, flat: Tensor, index: int) -> None:
         try:
@@ -163,8 +163,9 @@ class CollectiveSender:
         for group in self._groups.values():
             group.close()
         self._groups.clear()
-        if self._threads is not None:
-            self._threads.shutdown()
+        for thread in self._threads.values():
+            thread.shutdown()
+        self._threads.clear()
 
 
 def describe_bucket(plan: BucketPlan) -> dict[str, Any]:

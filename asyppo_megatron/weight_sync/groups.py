@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,13 @@ class UpdateGroup:
     Args:
         name: known to the engines; no two groups that live at once share it.
         engines: (url, tp size) of each.
-        host: this process's address as the engines reach it.
     """
 
     def __init__(
-        self, name: str, engines: list[tuple[str, int]], *, host: str, device: torch.device, timeout_s: float
+        self, name: str, engines: list[tuple[str, int]], *, device: torch.device, timeout_s: float
     ):
         self.name, self.urls, self.timeout_s = name, [url for url, _ in engines], timeout_s
+        host = _own_address(self.urls)
         size = 1 + sum(tp for _, tp in engines)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
@@ -82,11 +83,11 @@ def _join(backend: str, store: dist.Store, size: int, name: str, timeout: timede
     return pg
 
 
-def own_address() -> str:
-    """This node's address as other nodes reach it; loopback where it has no other."""
+def _own_address(urls: list[str]) -> str:
+    """This node's address as the engines reach it: loopback when all of them are there."""
+    hosts = [urlsplit(url).hostname or "" for url in urls]
+    if all(h == "localhost" or h.startswith("127.") for h in hosts):
+        return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # an address nobody has: no packet is sent, only a route chosen
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+        probe.connect((hosts[0], 9))  # no packet is sent, only a route chosen
+        return str(probe.getsockname()[0])
