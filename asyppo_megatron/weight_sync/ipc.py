@@ -47,15 +47,18 @@ def _by_name() -> Iterator[None]:
     before = mp.get_sharing_strategy()
     mp.set_sharing_strategy("file_system")
     sys.stdout.flush()
-    kept = os.dup(1)
+    sys.stderr.flush()
+    kept = [os.dup(fd) for fd in (1, 2)]
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
+    for fd in (1, 2):
+        os.dup2(null, fd)
     os.close(null)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        for fd, saved in zip((1, 2), kept, strict=True):
+            os.dup2(saved, fd)
+            os.close(saved)
         mp.set_sharing_strategy(before)
 
 
