@@ -15,7 +15,7 @@ from asyppo_megatron.config.load import (
     parse_override,
 )
 from asyppo_megatron.config.roles import CriticConfig, LayoutConfig, OptimizerConfig, ReferenceConfig, RoleConfig
-from asyppo_megatron.config.rollout import RolloutConfig
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
 from asyppo_megatron.config.weight_sync import WeightSyncConfig
 
@@ -37,6 +37,7 @@ __all__ = [
     "RewardConfig",
     "RoleConfig",
     "RolloutConfig",
+    "SGLangConfig",
     "WeightSyncConfig",
     "apply_override",
     "build_config",
