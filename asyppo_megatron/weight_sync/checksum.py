@@ -49,8 +49,10 @@ def _engine_shards(kind: Kind, tensors: Sequence[Tensor], rank: int, tp: int, sp
     if kind is Kind.ROW:
         return [tensors[0].chunk(tp, dim=1)[rank]]
     if kind is Kind.VOCAB:
-        step = _VOCAB_MULTIPLE if -(-spec.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE % tp == 0 else (
-            _VOCAB_MULTIPLE * tp
+        step = (
+            _VOCAB_MULTIPLE
+            if -(-spec.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE % tp == 0
+            else (_VOCAB_MULTIPLE * tp)
         )
         rows = -(-spec.vocab_size // step) * step // tp
         part = tensors[0][rank * rows : (rank + 1) * rows]

@@ -27,9 +27,7 @@ class UpdateGroup:
         engines: (url, tp size) of each.
     """
 
-    def __init__(
-        self, name: str, engines: list[tuple[str, int]], *, device: torch.device, timeout_s: float
-    ):
+    def __init__(self, name: str, engines: list[tuple[str, int]], *, device: torch.device, timeout_s: float):
         self.name, self.urls, self.timeout_s = name, [url for url, _ in engines], timeout_s
         host = _own_address(self.urls)
         size = 1 + sum(tp for _, tp in engines)

@@ -128,7 +128,8 @@ def send_bucket(
         }
         if engine.poster == me or (engine.poster < 0 and is_sender):
             payload = [
-                mine[r] if r in mine else store.get(f"{prefix}/{number}/{r}").decode() for r in range(len(engine.owners))
+                mine[r] if r in mine else store.get(f"{prefix}/{number}/{r}").decode()
+                for r in range(len(engine.owners))
             ]
             body = {"serialized_named_tensors": payload, "load_format": "flattened_bucket", "flush_cache": False}
             posts.append(Request(engine.url, "POST", "/update_weights_from_tensor", body, timeout_s))

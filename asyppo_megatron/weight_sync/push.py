@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from asyppo_megatron.convert.export import emitted
+from asyppo_megatron.convert.export import emitted, stage_tensors
 from asyppo_megatron.convert.stages import leads
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.parallel.process_groups import RoleGroups
@@ -80,9 +81,7 @@ class _Order:
     def parse(cls, text: bytes) -> _Order:
         raw = json.loads(text)
         for name in ("groups", "kept"):
-            raw[name] = tuple(
-                GroupPlan(g["key"], tuple((url, tp) for url, tp in g["engines"])) for g in raw[name]
-            )
+            raw[name] = tuple(GroupPlan(g["key"], tuple((url, tp) for url, tp in g["engines"])) for g in raw[name])
         raw["neighbours"] = tuple(ipc.Neighbour(n["url"], tuple(n["owners"])) for n in raw["neighbours"])
         raw["sizes"] = tuple(raw["sizes"])
         return cls(**raw)
@@ -174,7 +173,8 @@ class EngineSync:
                 bucket_bytes=self.options.bucket_bytes,
                 observe=observe,
             )
-            report["bytes"] = sum(p.numel() * p.itemsize for p in model.parameters())
+            written = stage_tensors(model, self.spec, "actor", dtype).values()
+            report["bytes"] = sum(math.prod(t.shape) * t.dtype.itemsize for t in written)
         elif self._streams or self._broadcasts(order):
             report = self._send(order, model, dtype, prefix, lambda b: self._check(b, found, sample, order.sizes))
         if self.sends:

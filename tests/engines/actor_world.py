@@ -168,3 +168,42 @@ def logprobs(rank: Rank, tokens: list[int]) -> torch.Tensor | None:
     dist.all_gather(parts, flat, group=rank.groups.collection.tp)
     logits = torch.cat(parts, -1)[: len(tokens) - 1, : rank.spec.vocab_size]
     return logits.float().log_softmax(-1).gather(1, ids[1:, None].long())[:, 0]
+
+
+def fill_disk(rank: Rank, is_full: bool) -> None:
+    """Whether the last stage's disk takes no more bytes."""
+    import errno
+
+    from asyppo_megatron.convert.safetensors_file import SafetensorsFile
+
+    if rank.groups.at.pp != rank.groups.layout.pp - 1:
+        return
+    if is_full:
+        rank.syncs["write"] = SafetensorsFile.write
+
+        def write(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        SafetensorsFile.write = write
+    else:
+        SafetensorsFile.write = rank.syncs.pop("write")
+
+
+def kill_before_bucket(rank: Rank, name: str, pids: list[int]) -> None:
+    """The first stage kills these processes just before it sends its second bucket."""
+    import signal
+
+    sender = rank.syncs[name].collective
+    if sender is None or sender.stage:
+        return
+    send, count = sender.send, 0
+
+    def kill(group: Any, flat: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        send(group, flat)
+
+    sender.send = kill
