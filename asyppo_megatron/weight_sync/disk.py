@@ -107,8 +107,8 @@ def push_to_directory(
         together(groups.role, device, lambda: _remove_others(target) if leads(groups) else None)
     except OSError as e:
         raise PushError(
-            f"weight sync of policy version {policy_version}: cannot write to {directory}: {e}; what lay there before is "
-            "intact. Free space, or set weight_sync.dir to a larger disk"
+            f"weight sync of policy version {policy_version}: cannot write to {directory}: {e}; what lay there "
+            "before is intact. Free space, or set weight_sync.dir to a larger disk"
         ) from e
     return target
 

@@ -141,8 +141,8 @@ class EngineSessions:
         except EngineRefusal as e:
             if e.status == 404:
                 raise EngineError(
-                    f"engine {url}: got a server without begin_weight_update, need SGLang >= 0.5.23; upgrade it, or set "
-                    "weight_sync.transport=disk"
+                    f"engine {url}: got a server without begin_weight_update, need SGLang >= 0.5.23; upgrade it, or "
+                    "set weight_sync.transport=disk"
                 ) from e
             log.info("weight sync: %s; ending the session that was left open", e)
             call(url, "/end_weight_update", limit, {})
@@ -161,8 +161,8 @@ class EngineSessions:
             owners = self._owners(engine, ranks)
             if self.options.transport == "ipc" and owners is None:
                 raise EngineError(
-                    f"weight_sync.transport: got ipc for engine {url}, whose GPUs {list(engine.target.gpus)} the actor's "
-                    "ranks do not share; set weight_sync.transport=auto"
+                    f"weight_sync.transport: got ipc for engine {url}, whose GPUs {list(engine.target.gpus)} the "
+                    "actor's ranks do not share; set weight_sync.transport=auto"
                 )
             if owners is not None and self.options.transport != "collective":
                 beside.append(Neighbour(url, owners))
