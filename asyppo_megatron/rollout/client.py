@@ -68,6 +68,13 @@ class DriverClient:
     def load_weights(self, path: Path, policy_version: int, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._call("load_weights", timeout_s, path=str(path), policy_version=policy_version)
 
+    def begin_update(self) -> list[str]:
+        """Tell the driver that the ranks bring weights to the engines; the engines' URLs."""
+        return self._call("begin_update", ANSWER_TIMEOUT_S)["urls"]
+
+    def end_update(self, policy_version: int, path: Path | None, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._call("end_update", timeout_s, policy_version=policy_version, path=str(path) if path else None)
+
     def start(self, step: int, policy_version: int) -> bool:
         """Begin a step's rollouts; whether they were taken from the journal."""
         return self._call("start", ANSWER_TIMEOUT_S, step=step, policy_version=policy_version)["replayed"]

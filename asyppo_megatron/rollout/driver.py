@@ -154,6 +154,17 @@ class RolloutDriver:
         self._engine.load_weights(Path(path), policy_version)
         return {"seconds": time.monotonic() - start}
 
+    def begin_update(self) -> dict[str, Any]:
+        """The ranks are about to bring weights to the engines themselves; which engines there are."""
+        if not self._config.rollout.max_staleness:
+            self._require_idle("begin_update")
+        return {"urls": self._engine.begin_update()}
+
+    def end_update(self, policy_version: int, path: str | None = None) -> dict[str, Any]:
+        """They have; `path`: a directory that holds the same."""
+        self._engine.end_update(policy_version, Path(path) if path is not None else None)
+        return {}
+
     def pause(self) -> dict[str, Any]:
         """Stop generating where it is, for whoever changes the engines' weights or memory by another way."""
         self._engine.pause()

@@ -137,6 +137,16 @@ class ServerPool:
             await asyncio.sleep(WATCH_S)
             await self._find_servers()
 
+    async def urls(self) -> list[str]:
+        """Every server there is now."""
+        await self._find_servers()
+        return list(self._servers)
+
+    def keep_at(self, path: Path | None) -> None:
+        """Where servers that come back find the current weights; None: nowhere until the next update."""
+        if path is not None and self._weights is not None:
+            self._weights = (path, self._weights[1])
+
     async def _bring(self, server: Server) -> None:
         """Make a server usable with the current weights, or note why it is not."""
         async with server.lock:

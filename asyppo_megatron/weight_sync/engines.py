@@ -158,9 +158,13 @@ def describe(url: str, timeout_s: float) -> EngineState:
     return EngineState(int(info["tp_size"]), str(info["dtype"]), json.dumps(info.get("startup_time")), weight_version)
 
 
-def wait_until_flushed(url: str, timeout_s: float) -> None:
-    """Empty an engine's cache of what the old weights computed; refused while a request runs."""
-    deadline = time.monotonic() + timeout_s
+def wait_until_flushed(url: str, timeout_s: float, patience_s: float) -> None:
+    """Empty an engine's cache of what the old weights computed; refused while a request runs.
+
+    Raises:
+        EngineRefusal: still refused after `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             call(url, "/flush_cache", timeout_s)

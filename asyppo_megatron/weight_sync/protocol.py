@@ -53,7 +53,7 @@ class EngineSessions:
         groups: of the last pass, for all engines that take the collective.
     """
 
-    def __init__(self, options: SyncOptions, targets: Callable[[], Sequence[EngineTarget]]):
+    def __init__(self, options: SyncOptions, targets: Callable[[int], Sequence[EngineTarget]]):
         self.options, self._targets = options, targets
         self.engines: dict[str, Engine] = {}
         self.groups: list[GroupPlan] = []
@@ -79,7 +79,7 @@ class EngineSessions:
         """
         deadline = time.monotonic() + self.options.timeout_s
         while True:
-            targets = list(self._targets())
+            targets = list(self._targets(policy_version))
             found, lost = self._describe(targets)
             if found or time.monotonic() > deadline:
                 break
@@ -130,8 +130,13 @@ class EngineSessions:
     def _pause(self, url: str) -> None:
         limit = self.options.timeout_s
         call(url, "/pause_generation", limit, {"mode": self.options.pause_mode})
-        if self.options.pause_mode != "in_place":  # those requests keep the cache of the old weights
-            wait_until_flushed(url, limit)
+        # Requests that are paused in place keep what the old weights computed: then the cache stays, and says so.
+        patience = 0.0 if self.options.pause_mode == "in_place" else limit
+        try:
+            wait_until_flushed(url, limit, patience)
+        except EngineRefusal:
+            if patience:
+                raise
 
     def _begin_one(self, url: str) -> None:
         self._pause(url)
@@ -203,7 +208,7 @@ class EngineSessions:
     def load_from_disk(self, directory: Path, policy_version: int) -> None:
         """Have every engine read a version's directory."""
         path = str(version_directory(directory, policy_version).resolve())
-        body = {"model_path": path, "flush_cache": self.options.pause_mode != "in_place"}
+        body = {"model_path": path, "flush_cache": False}
 
         def load(url: str) -> None:
             self._pause(url)

@@ -93,7 +93,7 @@ class EngineSync:
     Args:
         groups: of the actor.
         store: of the run.
-        targets: the engines of now; called on the leading rank.
+        targets: the engines there are for a version; called on the leading rank.
         name: of the run; part of the names of groups and keys.
     """
 
@@ -105,7 +105,7 @@ class EngineSync:
         device: torch.device,
         options: SyncOptions,
         *,
-        targets: Callable[[], Sequence[EngineTarget]],
+        targets: Callable[[int], Sequence[EngineTarget]],
         name: str,
     ):
         self.groups, self.spec, self.store, self.device, self.options = groups, spec, store, device, options

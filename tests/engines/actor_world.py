@@ -125,7 +125,7 @@ def push(rank: Rank, name: str, targets: list[Any], version: int, options: dict[
 
     if name not in rank.syncs:
         rank.syncs[name] = EngineSync(
-            rank.groups, rank.spec, rank.store, torch.device("cpu"), SyncOptions(**options), targets=lambda: targets,
+            rank.groups, rank.spec, rank.store, torch.device("cpu"), SyncOptions(**options), targets=lambda _: targets,
             name=name,
         )  # fmt: skip
     return rank.syncs[name].push(rank.model, version)
