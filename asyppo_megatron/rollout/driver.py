@@ -155,6 +155,17 @@ class RolloutDriver:
         self._engine.load_weights(Path(path), policy_version)
         return {"seconds": time.monotonic() - start}
 
+    def begin_update(self) -> dict[str, Any]:
+        """The ranks are about to bring weights to the engines themselves; which engines there are."""
+        if not self._config.rollout.max_staleness:
+            self._require_idle("begin_update")
+        return {"urls": self._engine.begin_update()}
+
+    def end_update(self, policy_version: int, path: str | None = None) -> dict[str, Any]:
+        """They have; `path`: a directory that holds the same."""
+        self._engine.end_update(policy_version, Path(path) if path is not None else None)
+        return {}
+
     def pause(self) -> dict[str, Any]:
         """Stop generating where it is, for whoever changes the engines' weights or memory by another way."""
         self._engine.pause()
@@ -162,15 +173,6 @@ class RolloutDriver:
 
     def resume(self) -> dict[str, Any]:
         self._engine.resume()
-        return {}
-
-    def begin_update(self) -> dict[str, Any]:
-        """The trainer is about to change the engines' weights by a transport of its own; which engines to change."""
-        return {"urls": self._engine.begin_update()}
-
-    def end_update(self, policy_version: int) -> dict[str, Any]:
-        """The engines have these weights now; one that has not is used no more."""
-        self._engine.end_update(policy_version)
         return {}
 
     def start(self, step: int, policy_version: int) -> dict[str, Any]:

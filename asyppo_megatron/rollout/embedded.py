@@ -114,7 +114,7 @@ class EmbeddedEngine:
     def begin_update(self) -> list[str]:
         raise RuntimeError("embedded engine: takes weights from a directory only; call load_weights")
 
-    def end_update(self, policy_version: int) -> None:
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
         self.begin_update()
 
     def load_pretrained(self, policy_version: int = 0) -> None:

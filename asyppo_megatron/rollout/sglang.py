@@ -83,21 +83,28 @@ class SGLangEngine:
         self._load(path, policy_version)
 
     def begin_update(self) -> list[str]:
-        """Another transport is about to pause the servers and change their weights; the URLs of those in use."""
-        return self._call(self._begin_update(), ANSWER_S)
+        """Another transport is about to pause the servers and change their weights; the URLs of those there are."""
+        return self._call(self._begin_update(), self._config.sglang.patience_s + _CALL_MARGIN_S)
 
     async def _begin_update(self) -> list[str]:
+        urls = await self._pool.found()
         self._pool.is_updating = True
-        return [s.url for s in self._pool.ready]
+        return urls
 
-    def end_update(self, policy_version: int) -> None:
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
         """It has brought weights of this version; servers that do not have them are used no more.
+
+        Args:
+            path: a directory of these weights, for servers that come back before the next update.
 
         Raises:
             EngineError: none has them.
         """
-        self._load(None, policy_version)
-        self._pool.is_updating = False
+        try:
+            self._load(None, policy_version)
+        finally:
+            self._pool.is_updating = False
+        self._pool.keep_at(path)
 
     def _load(self, path: Path | None, policy_version: int) -> None:
         config = self._config.sglang

@@ -139,6 +139,26 @@ class ServerPool:
             await asyncio.sleep(WATCH_S)
             await self._find_servers()
 
+    async def found(self) -> list[str]:
+        """Every server there is now, once there is one.
+
+        Raises:
+            EngineError: none appeared in time.
+        """
+        deadline = time.monotonic() + self._config.patience_s
+        await self._find_servers()
+        while not self._servers:
+            if time.monotonic() > deadline:
+                raise EngineError(self._none_usable())
+            await asyncio.sleep(_SEARCH_S)
+            await self._find_servers()
+        return list(self._servers)
+
+    def keep_at(self, path: Path | None) -> None:
+        """Where servers that come back find the current weights; None: nowhere until the next update."""
+        if path is not None and self._weights is not None:
+            self._weights = (path, self._weights[1])
+
     async def _bring(self, server: Server) -> None:
         """Make a server usable with the current weights, or note why it is not."""
         async with server.lock:
@@ -257,6 +277,8 @@ class ServerPool:
             if not self.ready or any(s.failures for s in self.ready):
                 await self._tell()
             patience = self._config.health_interval_s if self.ready else _SEARCH_S
+            if self.is_updating:
+                continue
             if now - searched > patience and self._weights is not None:
                 searched = now
                 await self._find_servers()

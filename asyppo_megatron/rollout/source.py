@@ -53,13 +53,13 @@ class DriverSource:
             self._handle.client.load_weights(directory, policy_version)
 
     def begin_update(self) -> list[str]:
-        """Announce that another transport will change the engines' weights; URLs of the engines, on rank 0."""
+        """URLs of the engines, whose weights the ranks are about to change; on rank 0."""
         return self._handle.client.begin_update() if self._handle is not None else []
 
-    def end_update(self, policy_version: int) -> None:
-        """Tell the driver that the engines have these weights."""
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
+        """The engines have these weights; `path`: a directory that has them too."""
         if self._handle is not None:
-            self._handle.client.end_update(policy_version)
+            self._handle.client.end_update(policy_version, path)
 
     def start(self, step: int, policy_version: int) -> None:
         """Begin the rollouts of a step; returns at once."""
