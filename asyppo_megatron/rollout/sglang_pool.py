@@ -80,7 +80,7 @@ class ServerPool:
         async with self._changed:
             while True:
                 now = time.monotonic()
-                usable = [s for s in self.ready if s.in_flight < self._config.max_concurrency and s.not_before <= now]
+                usable = [s for s in self.ready if self._takes_more(s, now)]
                 if usable:
                     server = min(usable, key=lambda s: s.in_flight)
                     server.in_flight += 1
@@ -88,6 +88,10 @@ class ServerPool:
                 if not self.ready and now - self._none_since > self._config.patience_s:
                     raise EngineError(self._none_usable())
                 await self._changed.wait()  # the watch wakes all when nothing else does
+
+    def _takes_more(self, server: Server, now: float) -> bool:
+        is_free = server.in_flight < self._config.max_concurrency and server.not_before <= now
+        return is_free and not server.lock.locked()  # while its weights change, what it does must not change
 
     async def release(self, server: Server) -> None:
         server.in_flight -= 1
@@ -112,11 +116,15 @@ class ServerPool:
         if not fault.is_lost:
             server.put_off()
         elif server.is_ready:
-            self.lost += 1
-            server.give_up(str(fault))
-            if not self.ready:
-                self._none_since = time.monotonic()
+            self._give_up(server, str(fault))
         await self._tell()
+
+    def _give_up(self, server: Server, reason: str) -> None:
+        was_ready = server.is_ready
+        server.give_up(reason)
+        self.lost += was_ready
+        if was_ready and not self.ready:
+            self._none_since = time.monotonic()
 
     # --- weights
 
@@ -165,6 +173,7 @@ class ServerPool:
             assert self._weights is not None
             if not (server.is_ready and server.version == self._weights[1]):
                 await self._bring_alone(server, *self._weights)
+        await self._tell()  # only now that it takes requests again
 
     async def _bring_alone(self, server: Server, path: Path | None, version: int) -> None:
         try:
@@ -173,19 +182,14 @@ class ServerPool:
             elif (found := await self._held(server)) != str(version):
                 raise EngineFault(f"holds weights {found!r}, need {version}; they come with the next weight sync")
         except (EngineFault, ValueError) as e:
-            if server.is_ready:
-                self.lost += 1
             if server.reason != str(e):
                 log.warning("engine %s: %s", server.url, e)
-            server.give_up(str(e))
-            if not self.ready:
-                self._none_since = min(self._none_since, time.monotonic())
+            self._give_up(server, str(e))
             return
         if not server.is_ready:
             log.info("engine %s: ready with weights of version %d", server.url, version)
         server.version, server.is_ready, server.reason, server.failures = version, True, "", 0
         server.not_before = 0.0
-        await self._tell()
 
     async def _held(self, server: Server) -> str:
         info = await server.request(self._session, "/model_info", ANSWER_TIMEOUT_S, method="GET")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_servers import END, EngineServer
+from engine_servers import END, EngineServer, start_engine
 from faulty_proxy import CUT, HANG, PASS, REFUSE, FaultyProxy
 from rollout_engines import make_engine, make_versions, reference_logits, reference_logprobs, requests, run_config
 
@@ -188,6 +189,33 @@ def test_a_stopped_engine_is_given_up_and_taken_up_again_with_its_weights(
     completion = found[0]
     expected = reference_logprobs(versions[1], asked[completion.index], completion)
     np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_leaves_its_requests_to_the_other_and_nothing_behind(
+    engines: Engines, engine_server: EngineServer, versions, tmp_path
+):
+    second = start_engine(engine_server.model, tmp_path)
+    try:
+        engine = engines.engine(engine_server.url, second.url, sglang={"max_attempts": 20, "max_concurrency": 6})
+        engine.load_weights(versions[1], 1)
+        found: list = []
+        thread = threading.Thread(target=lambda: found.extend(engine.generate(requests(12, 300, stop_token_ids=()))))
+        thread.start()
+        time.sleep(0.5)
+        pids = second.process.pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        thread.join(300)
+        assert sorted(c.index for c in found) == list(range(12))
+        statistics = engine.statistics()
+        assert (statistics["rollout/engines"], statistics["rollout/engines_lost"]) == (1, 1)
+        assert 1 <= statistics["rollout/reissued"] <= 6
+    finally:
+        second.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(second.url.rpartition(":")[2]))), "its port is still open"
 
 
 def test_an_engine_that_came_back_with_other_weights_generates_nothing_that_is_used(
