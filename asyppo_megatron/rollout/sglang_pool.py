@@ -278,7 +278,7 @@ class ServerPool:
         while True:
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
-            if not self.ready or any(s.failures for s in self.ready):
+            if not self.ready or any(s.not_before > now - 2 * WATCH_S for s in self.ready):
                 await self._tell()
             patience = self._config.health_interval_s if self.ready else _SEARCH_S
             if self.is_updating:
