@@ -1,8 +1,7 @@
-"""Sections of generation and of the weights' way into the engines."""
+"""The section of generation."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -60,8 +59,3 @@ class RolloutConfig(Section):
     on_update: Literal["carry", "requeue"] = "carry"  # responses under way when new weights come
     partial: bool = False  # generation rests while the ranks train
     max_mismatch: float | None = Field(None, gt=0)  # mean |logprob difference| of a step, nats
-
-
-class WeightSyncConfig(Section):
-    bucket_mb: int = Field(256, ge=1)
-    dir: Path | None = None  # None: shared memory when it has room, else the run directory
