@@ -101,8 +101,8 @@ def check_mismatch(step: int, measured: dict[str, float], config: Config) -> Non
         raise RunError(
             f"step {step}: engines and trainer disagree by {found:.4g} nats a token in the mean (largest "
             f"{measured.get('mismatch_max', found):.4g}, k3 KL {measured['mismatch_k3_kl']:.4g}), more than "
-            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for engines with other weights, "
-            "another precision, or too stale rollouts; or raise the limit"
+            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for engines with "
+            "other weights, another precision, or too stale rollouts; or raise the limit"
         )
 
 
