@@ -147,7 +147,15 @@ def _no_command(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    train_config(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    if config.num_steps and not config.trains_policy:
+        logging.warning(
+            "no step of this run updates the policy: num_steps %d, ppo.critic_warmup_steps %d, ppo.policy_every %d",
+            config.num_steps,
+            config.ppo.critic_warmup_steps,
+            config.ppo.policy_every,
+        )
+    train_config(config)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
