@@ -24,6 +24,7 @@ from asyppo_megatron.parallel.seeding import seed_process
 from asyppo_megatron.roles.offload import MOVED, Offloader, Part
 from asyppo_megatron.rollout.client import DriverHandle
 from asyppo_megatron.rollout.source import DriverSource
+from asyppo_megatron.weight_sync.devices import engine_gpus
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
 from asyppo_megatron.weight_sync.engines import EngineTarget
 from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
@@ -201,7 +202,9 @@ def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync 
 
     def targets(policy_version: int) -> list[EngineTarget]:
         urls = json.loads(world.store.get(_engines_key(policy_version)))
-        return [EngineTarget(url, colocated=engines.placement == "colocated") for url in urls]
+        gpus = engine_gpus(config)
+        beside = engines.placement == "colocated" and world.device.type == "cpu"
+        return [EngineTarget(url, gpus.get(url, ()), colocated=beside) for url in urls]
 
     role = world.actor.role
     name = world.store.get("sync/name").decode()

@@ -198,7 +198,7 @@ class EngineSessions:
 
         Args:
             urls: engines of this pass.
-            ranks: the actor's world rank on each GPU, by UUID; empty on a CPU.
+            ranks: the actor's world rank on each GPU, by the GPU's name; empty on a CPU.
         """
         beside, others = [], []
         for url in urls:

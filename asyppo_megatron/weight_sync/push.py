@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from asyppo_megatron.weight_sync import ipc
 from asyppo_megatron.weight_sync.buckets import Bucket, BucketStream
 from asyppo_megatron.weight_sync.checksum import Checksums, Sample, add_checksums, merge
 from asyppo_megatron.weight_sync.collective import CollectiveSender, GroupPlan, Turns
+from asyppo_megatron.weight_sync.devices import own_gpu
 from asyppo_megatron.weight_sync.disk import push_to_directory
 from asyppo_megatron.weight_sync.engines import EngineError, EngineTarget
 from asyppo_megatron.weight_sync.protocol import EngineSessions
@@ -116,7 +116,7 @@ class EngineSync:
         self.is_lead = leads(groups)
         self._streams = at.dp == 0 and at.cp == 0
         self.sends = self._streams and at.tp == 0
-        where = {"host": socket.gethostname(), "gpu": _gpu_uuid(device)}
+        where = {"gpu": own_gpu(device)}
         store.set(f"{name}/rank/{dist.get_rank()}", json.dumps(where))
         self.sessions = EngineSessions(options, targets) if self.is_lead else None
         self.collective = CollectiveSender(at.pp, name, device, options.timeout_s) if self.sends else None
@@ -436,6 +436,3 @@ class _Lead:
             },
         )
 
-
-def _gpu_uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
