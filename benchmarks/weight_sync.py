@@ -90,10 +90,10 @@ def build(directory: Path, tp: int, pp: int, device: torch.device) -> tuple[Any,
 
 def receiver(store_port: int, stages: int, base: Any, pipe: Connection) -> None:
     """Takes what an engine would take: joins every stage's group and receives bucket after bucket."""
-    from asyppo_megatron.weight_sync.groups import _join
+    from asyppo_megatron.weight_sync.groups import join
 
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=LIMIT)
-    groups = [_join_as_engine(dist.PrefixStore(f"s{s}", store), f"s{s}", _join) for s in range(stages)]
+    groups = [join("gloo", dist.PrefixStore(f"s{s}", store), 2, f"s{s}", LIMIT, 1) for s in range(stages)]
     buffer = torch.empty(base, dtype=torch.uint8)
     buffer.fill_(0)
     while (order := pipe.recv()) is not None:
@@ -103,15 +103,11 @@ def receiver(store_port: int, stages: int, base: Any, pipe: Connection) -> None:
     os._exit(0)
 
 
-def _join_as_engine(store: dist.Store, name: str, join: Any) -> Any:
-    return join("gloo", store, 2, name, LIMIT, 1)
-
-
 def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pipe: Connection) -> None:
     torch.set_num_threads(1)
     from asyppo_megatron.weight_sync.buckets import BucketStream
     from asyppo_megatron.weight_sync.collective import Turns
-    from asyppo_megatron.weight_sync.groups import _join
+    from asyppo_megatron.weight_sync.groups import join
 
     world = args.tp * args.pp
     store = dist.TCPStore("127.0.0.1", ports[0], is_master=False, timeout=LIMIT)
@@ -121,7 +117,7 @@ def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pip
     sends = at.tp == 0
     engine = dist.TCPStore("127.0.0.1", ports[1], is_master=False, timeout=LIMIT)
     name = f"s{at.pp}"
-    group = _join("gloo", dist.PrefixStore(name, engine), 2, name, LIMIT) if sends else None
+    group = join("gloo", dist.PrefixStore(name, engine), 2, name, LIMIT) if sends else None
     peak = _resident()
 
     def stream() -> Any:
@@ -152,10 +148,9 @@ def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pip
                 if bucket is not None:
                     bucket.busy.append(pool.submit(_send, turns, index, at.pp, bucket.flat, group))
         elif sends:  # the floor: the same pieces, already flat, from one sender after the other
-            flats = [b for b in source.buffers]
+            flats = source.buffers
             for b in flats:
                 b.fill_(1)
-            dist.barrier(group=None) if False else None
             for stage in range(args.pp):
                 if stage == at.pp:
                     began = time.perf_counter()

@@ -435,4 +435,3 @@ class _Lead:
                 "attempts": self.attempt,
             },
         )
-

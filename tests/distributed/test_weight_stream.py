@@ -1,4 +1,4 @@
-"""Buckets of full tensors from real shards, what they cost in memory, and roles that leave their device and come back."""
+"""Buckets of full tensors from real shards, what they cost in memory, and roles that leave their device."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_buckets_hold_the_checkpoint_once_on_the_senders(case: Case, results: di
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_no_rank_holds_more_than_its_shard_and_two_buckets(case: Case, results: dict[str, Any]) -> None:
     for rank in results[case.name]:
-        assert rank["plans"] > 1 and 0 < rank["largest"]
+        assert rank["plans"] > 1 and rank["largest"] > 0
         assert rank["peak"] <= 2 * rank["largest"], (rank["at"], rank["peak"], rank["largest"])
 
 
