@@ -38,6 +38,7 @@ def train(run: Run, first_step: int) -> None:
             run.checkpoints.finish(wait=False)  # only now that the metrics of its step are logged
         with run.timer.phase("rollouts"):
             batch = source.next_batch(step)
+            run.take_devices(step)
         local = run.world.evaluate(batch)
         with run.timer.phase("exchange"):
             scores = run.world.exchange(batch, local)
