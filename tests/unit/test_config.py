@@ -105,8 +105,8 @@ def test_a_missing_section_is_named():
         ),
         (
             {"actor": {"ranks": "0-3", "layout": {"cp": 2, "tp": 2}, "max_tokens_per_micro_batch": 3}},
-            "actor.max_tokens_per_micro_batch: got 3, need at least 4, which packs are padded to a multiple of with tp 2 "
-            "and cp 2; raise it",
+            "actor.max_tokens_per_micro_batch: got 3, need at least 4, which packs are padded to a multiple of with tp "
+            "2 and cp 2; raise it",
         ),
         (
             {"actor": {"fused_head_fp32_logits": True}},
