@@ -10,8 +10,9 @@ from pydantic import Field
 from asyppo_megatron.config.algorithm import FilteringConfig, PPOConfig
 from asyppo_megatron.config.data import DataConfig, EvalConfig, RewardConfig
 from asyppo_megatron.config.roles import ActorConfig, CriticConfig, ReferenceConfig, RoleConfig
-from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.rollout import RolloutConfig
 from asyppo_megatron.config.section import Section
+from asyppo_megatron.config.weight_sync import WeightSyncConfig
 
 Method = Literal[
     "asyppo",
