@@ -1,4 +1,4 @@
-"""The command line: asyppo train | demo | eval | prepare | convert | report."""
+"""The command line: asyppo train | check | launch | demo | eval | prepare | convert | report."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"configuration: {len(e.errors)} error(s)\n{e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
-        signum = getattr(e, "signum", signal.SIGINT)
-        print(f"stopped by {signal.Signals(signum).name}; start the same command again to resume", file=sys.stderr)
-        return 128 + signum
+        signum, is_saved = getattr(e, "signum", signal.SIGINT), getattr(e, "is_saved", False)
+        how = " after a checkpoint" if is_saved else ""
+        print(f"stopped by {signal.Signals(signum).name}{how}; start the same command again to resume", file=sys.stderr)
+        return 75 if is_saved else 128 + signum
     except (ValueError, RuntimeError, OSError) as e:
         print(f"{getattr(e, 'traceback', '')}error: {e}", file=sys.stderr)
-        return 1
+        return getattr(e, "exit_code", 1)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a run, or resume it")
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
+    _place_options(train)
+    check = command("check", _check, "check a configuration, its files, and whether it fits an allocation")
+    check.add_argument("config", type=Path)
+    check.add_argument("overrides", nargs="*", metavar="key=value")
+    check.add_argument("--nodes", type=_count, default=1, metavar="N")
+    check.add_argument("--gpus-per-node", type=int, metavar="G", help="default: not checked")
+    check.add_argument("--shell", action="store_true", help="print name=value lines for a job script")
     demo = command("demo", _demo, "make the demo's data and base models, then train")
     default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
     demo.add_argument("--config", type=Path, help=default)
@@ -134,43 +142,27 @@ def _no_command(arguments: argparse.Namespace) -> None:
     raise AssertionError("argparse requires a command")
 
 
+def _place_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a launcher that is one of several, each on its node."""
+    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes of the run, one launcher on each")
+    parser.add_argument("--node", type=int, default=0, metavar="K", help="which of them this is, from 0")
+    parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="of node 0, for several nodes")
+    parser.add_argument("--job", default="", metavar="ID", help="count failed starts of this job, and give up after 3")
+
+
 def _train(arguments: argparse.Namespace) -> None:
-    train_config(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    from asyppo_megatron.launch.command import place_of, train_config
+
+    train_config(config, place_of(arguments.nodes, arguments.node, arguments.rendezvous), arguments.job)
 
 
-def train_config(config: Config) -> None:
-    """Check everything, then train here (or as the rank that a launcher started)."""
-    from asyppo_megatron.preflight import check_run
+def _check(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    from asyppo_megatron.launch.allocation import check_allocation, shell_lines
 
-    check_run(config)
-    _quiet_imports(config.run_dir, "launcher")
-    from asyppo_megatron.launch.local import is_launched, run_ranks
-
-    if is_launched():
-        _train_rank(config)
-        return
-    gpus = _num_gpus()
-    if gpus and config.num_ranks > gpus:
-        found = f"ranks: got {config.num_ranks} on a machine of {gpus} GPU(s), need one GPU a rank"
-        raise ConfigError([f"{found}; let roles share ranks, or set CUDA_VISIBLE_DEVICES= to run on the CPU"])
-    if not gpus:
-        # torch and Megatron once, before the ranks are forked. With a GPU every rank imports for itself: Transformer
-        # Engine may start CUDA while it is imported.
-        import asyppo_megatron.train  # noqa: F401
-    run_ranks(config.num_ranks, lambda rank: _train_rank(config), config.run_dir / "logs")
-
-
-def _train_rank(config: Config) -> None:
-    from asyppo_megatron.train import main_rank
-
-    main_rank(config)
-
-
-def _num_gpus() -> int:
-    """GPUs that this process may use, counted without starting CUDA."""
-    import torch
-
-    return torch.cuda.device_count()
+    facts = check_allocation(config, arguments.nodes, arguments.gpus_per_node)
+    print(shell_lines(facts) if arguments.shell else ", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
 def _quiet_imports(directory: Path, process: str) -> None:
@@ -183,10 +175,14 @@ def _quiet_imports(directory: Path, process: str) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    path = arguments.config or (DEMO_GPU_CONFIG if 0 < _num_gpus() < 4 else DEMO_CONFIG)
+    import torch
+
+    # Counted without starting CUDA (see `main`).
+    path = arguments.config or (DEMO_GPU_CONFIG if 0 < torch.cuda.device_count() < 4 else DEMO_CONFIG)
     config = load_config(path, arguments.overrides)
     _quiet_imports(arguments.data, "prepare")
     from asyppo_megatron.demo.run import prepare_base_models
+    from asyppo_megatron.launch.command import train_config
 
     prepare_base_models(arguments.data)
     train_config(config)

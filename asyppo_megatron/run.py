@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from asyppo_megatron.backend import init_distributed
 from asyppo_megatron.backend.scratch import ScratchDirectory
 from asyppo_megatron.checkpoint import Checkpointer
 from asyppo_megatron.config import Config
 from asyppo_megatron.convert.export_hf import export_hf
+from asyppo_megatron.observability.board import Slot, answer_questions, pending_collective
 from asyppo_megatron.observability.metrics import MetricsLog
 from asyppo_megatron.observability.progress import Progress
 from asyppo_megatron.observability.timing import PhaseTimer
@@ -40,6 +42,7 @@ class Run:
     metrics: MetricsLog | None
     progress: Progress | None
     scratch: ScratchDirectory | None  # owns weights_dir where nothing else does
+    slot: Slot  # of the launcher's board
     rollout_state: dict[str, Any] = field(default_factory=dict)
     evaluated: set[int] = field(default_factory=set)
 
@@ -71,13 +74,16 @@ class Run:
             self.progress.step({"step": step, **row})
 
 
-def build_run(config: Config, rank: int, world_size: int, local_rank: int, handle: DriverHandle | None) -> Run:
+def build_run(
+    config: Config, rank: int, world_size: int, local_rank: int, handle: DriverHandle | None, slot: Slot
+) -> Run:
     """Join the world and build this rank's roles."""
     if world_size != config.num_ranks:
         raise ValueError(f"world: got {world_size} ranks, need {config.num_ranks} (highest rank of any role + 1)")
     device, store = init_distributed(rank, world_size, local_rank, config.collective_timeout_s)
+    answer_questions(slot, _pending_collective)
     seed_process(config.seed)
-    timer = PhaseTimer(device)
+    timer = PhaseTimer(device, slot, config.collective_timeout_s)
     world = World(config, device, store, timer)
     scratch = None
     if handle is not None:
@@ -88,14 +94,22 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
     return Run(
         config=config,
         world=world,
-        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s),
+        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s, slot),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
         weights_dir=Path(store.get("weights_dir").decode()),
         metrics=_metrics_log(config) if rank == 0 else None,
         progress=Progress(config.num_steps) if rank == 0 else None,
         scratch=scratch,
+        slot=slot,
     )
+
+
+def _pending_collective() -> str:
+    """The collective that this rank waits in, from torch's flight recorder."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    record = _distributed_c10d._dump_nccl_trace_json if on_gpu else _distributed_c10d._dump_fr_trace_json
+    return pending_collective(record())
 
 
 def _report_skipped(found: dict[str, Any], config: Config) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from asyppo_megatron.observability.board import Slot
 from asyppo_megatron.parallel.exchange import broadcast_batch
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.client import DriverHandle, RolloutError
 from asyppo_megatron.types import PackedBatch
 
-_POLL_S = 5.0
+_POLL_S = 2.0
+_STOP = b"stop"  # in place of "ready"
 
 
 class DriverSource:
@@ -27,11 +29,19 @@ class DriverSource:
         handle: the driver on rank 0, None elsewhere.
         store: key-value store of the run.
         timeout_s: longest wait for one batch.
+        slot: says whether the run is to stop.
     """
 
     def __init__(
-        self, handle: DriverHandle | None, run_dir: Path, store: dist.Store, device: torch.device, timeout_s: float
+        self,
+        handle: DriverHandle | None,
+        run_dir: Path,
+        store: dist.Store,
+        device: torch.device,
+        timeout_s: float,
+        slot: Slot,
     ):
+        self._slot = slot
         self._handle, self._run_dir, self._store = handle, run_dir, store
         self._device, self._timeout_s = device, timeout_s
         self.manifest: dict[str, Any] = {}  # of the last batch, on rank 0
@@ -50,8 +60,11 @@ class DriverSource:
         if self._handle is not None:
             self._handle.client.start(step, policy_version)
 
-    def next_batch(self, step: int) -> PackedBatch:
+    def next_batch(self, step: int) -> PackedBatch | None:
         """The step's batch, on every rank. A collective of the world once the rollouts are there.
+
+        Returns:
+            None, on every rank, where the run was asked to stop while the rollouts were generated.
 
         Raises:
             RolloutError: generation failed, the driver died, or the deadline passed.
@@ -59,9 +72,14 @@ class DriverSource:
         key = f"batch/{step}"
         if self._handle is None:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
+            if self._store.get(key) == _STOP:
+                return None
             return broadcast_batch(None, None, self._device)
         waited = 0.0
         while not self._handle.client.wait(step, _POLL_S):
+            if self._slot.stop_requested:
+                self._store.set(key, _STOP)
+                return None
             waited += _POLL_S
             if waited >= self._timeout_s:
                 raise RolloutError(
