@@ -27,6 +27,7 @@ from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory
 from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)
+_WATCHED = 0.8  # of the collectives' timeout: the launcher is to ask the ranks while they still wait
 
 
 @dataclass
@@ -83,7 +84,8 @@ def build_run(
     device, store = init_distributed(rank, world_size, local_rank, config.collective_timeout_s)
     answer_questions(slot, _pending_collective)
     seed_process(config.seed)
-    timer = PhaseTimer(device, slot, config.collective_timeout_s)
+    patience = _WATCHED * config.collective_timeout_s
+    timer = PhaseTimer(device, slot, patience)
     world = World(config, device, store, timer)
     scratch = None
     if handle is not None:
@@ -94,7 +96,7 @@ def build_run(
     return Run(
         config=config,
         world=world,
-        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s, slot),
+        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s, slot, patience),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
         weights_dir=Path(store.get("weights_dir").decode()),

@@ -57,7 +57,9 @@ class HangDetector:
         for _, child in running:
             child.show_stacks()
         deadline = time.monotonic() + _ANSWER_S
-        while time.monotonic() < deadline and not all(board.read(index).has_answered for index, _ in running):
+        while time.monotonic() < deadline and not all(
+            board.read(index).has_answered or _process_state(child.pid) in _STATES for index, child in running
+        ):
             time.sleep(0.1)
         found = []
         for index, child in running:

@@ -11,7 +11,8 @@ import mmap
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _FLAGS, _SLOT = 8, 1024  # bytes: flags of the board, then the slots
@@ -114,6 +115,13 @@ class Slot:
             self._memory, self._offset, self._step, now, deadline_s, phase.encode()[:32], role.encode()[:32]
         )
         return before
+
+    @contextmanager
+    def during(self, phase: str, deadline_s: float, role: str = "") -> Iterator[None]:
+        """Note a phase for the length of a block; not after an error: the board shall show where it was."""
+        before = self.enter(phase, role, deadline_s)
+        yield
+        self.enter(*before)
 
     def answer(self, question: int, waits_in: str) -> None:
         """Say which collective this rank waits in."""

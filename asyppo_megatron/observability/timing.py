@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -45,17 +45,10 @@ class PhaseTimer:
             role: whose work it is, for the board.
             deadline_s: longest that it may take instead of the timer's, for the board.
         """
-        with self._noted(name, role, self._deadline_s if deadline_s is None else deadline_s), self._timed(name, tokens):
+        patience = self._deadline_s if deadline_s is None else deadline_s
+        noted = self._slot.during(name, patience, role) if self._slot is not None else nullcontext()
+        with noted, self._timed(name, tokens):
             yield
-
-    @contextmanager
-    def _noted(self, name: str, role: str, deadline_s: float) -> Iterator[None]:
-        if self._slot is None:
-            yield
-            return
-        before = self._slot.enter(name, role, deadline_s)
-        yield  # not after an error: the board shall show where it was
-        self._slot.enter(*before)
 
     @contextmanager
     def _timed(self, name: str, tokens: int) -> Iterator[None]:

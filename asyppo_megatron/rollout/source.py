@@ -30,6 +30,7 @@ class DriverSource:
         store: key-value store of the run.
         timeout_s: longest wait for one batch.
         slot: says whether the run is to stop.
+        patience_s: longest that a batch may take from rank 0 to all others, for the board.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class DriverSource:
         device: torch.device,
         timeout_s: float,
         slot: Slot,
+        patience_s: float,
     ):
-        self._slot = slot
+        self._slot, self._patience_s = slot, patience_s
         self._handle, self._run_dir, self._store = handle, run_dir, store
         self._device, self._timeout_s = device, timeout_s
         self.manifest: dict[str, Any] = {}  # of the last batch, on rank 0
@@ -74,7 +76,8 @@ class DriverSource:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
             if self._store.get(key) == _STOP:
                 return None
-            return broadcast_batch(None, None, self._device)
+            with self._slot.during("batch", self._patience_s):
+                return broadcast_batch(None, None, self._device)
         waited = 0.0
         while not self._handle.client.wait(step, _POLL_S):
             if self._slot.stop_requested:
@@ -91,7 +94,8 @@ class DriverSource:
         self._store.set(key, "ready")
         self._store.delete_key(f"batch/{step - 2}")  # everyone has passed it
         header = (step, version, arrays["tokens"].size, arrays["rewards"].size)
-        return broadcast_batch(arrays, header, self._device)
+        with self._slot.during("batch", self._patience_s):
+            return broadcast_batch(arrays, header, self._device)
 
     def evaluate(self, step: int) -> list[dict[str, Any]]:
         """Evaluation results of the weights that the engine holds; empty on ranks other than 0."""

@@ -7,25 +7,16 @@ times and memory aside. Each role has a schedule of its own and saves lie two st
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, stop
+from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, stop, trajectory
 
 from asyppo_megatron.backend.scratch import ScratchDirectory, remove_abandoned
-from asyppo_megatron.observability.metrics import Row, read_metrics
 
-TIMES = re.compile(r"seconds|memory/|tokens_per_second")
 PROCESSES = ["launcher", "rank-00000", "rank-00001", "rank-00003", "driver"]
-
-
-def trajectory(run_dir: Path) -> list[Row]:
-    """All rows of a run, without what depends on the machine's mood."""
-    rows = [{name: v for name, v in row.items() if not TIMES.search(name)} for row in read_metrics(run_dir)]
-    return sorted(rows, key=lambda row: (row["step"], "reward" not in row))
 
 
 def scratch_of(command: Command) -> list[Path]:
@@ -133,13 +124,13 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on_exactly(finished, a
 
 def test_a_rank_that_hangs_ends_the_run_by_name_with_the_stacks_of_the_others(finished, asyppo: Asyppo, tmp_path):
     run_dir = tmp_path / "run"
-    command = asyppo.start(run_dir, "checkpoint.every=1", "collective_timeout_s=30", "rollout.timeout_s=1")
+    command = asyppo.start(run_dir, "checkpoint.every=1", "collective_timeout_s=40")
     command.wait_for_step(2)
     stop(command, "rank-00001", signal.SIGSTOP)
     assert command.wait() == 1
     assert re.fullmatch(
-        r"error: step [3-6]: no progress for \d+ s; rank 1 \(actor; process \d+\) is stopped by a signal in \w+; waiting "
-        r"for it: rank 0 in .*; stacks of the ranks that answer \(0, 2, 3\) are in their logs; logs of all ranks: .*",
+        r"error: step [3-6]: no progress for \d+ s; rank 1 \(actor; process \d+\) is stopped by a signal in \w+; "
+        r"waiting for it: rank 0 in .*; stacks of the ranks that answer \(0, 2, 3\) are in their logs; logs of all ranks: .*",
         command.err.splitlines()[-1],
     ), command.err
     for rank in (0, 2, 3):
