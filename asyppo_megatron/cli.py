@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--nodes", type=_count, default=1, metavar="N")
     check.add_argument("--gpus-per-node", type=int, metavar="G", help="default: not checked")
     check.add_argument("--shell", action="store_true", help="print name=value lines for a job script")
+    _launch_options(command("launch", _launch, "run a recipe through NeMo-Run, here or on a Slurm cluster"))
     demo = command("demo", _demo, "make the demo's data and base models, then train")
     default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
     demo.add_argument("--config", type=Path, help=default)
@@ -148,6 +149,46 @@ def _place_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", type=int, default=0, metavar="K", help="which of them this is, from 0")
     parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="of node 0, for several nodes")
     parser.add_argument("--job", default="", metavar="ID", help="count failed starts of this job, and give up after 3")
+
+
+def _launch_options(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument("config", type=Path)
+    launch.add_argument("overrides", nargs="*", metavar="key=value")
+    launch.add_argument("--executor", choices=["local", "slurm"], required=True)
+    launch.add_argument("--nodes", type=_count, default=1, metavar="N")
+    launch.add_argument("--gpus-per-node", type=_count, metavar="G", help="default: none are asked for")
+    launch.add_argument("--account", default=os.environ.get("SLURM_ACCOUNT", "default"))
+    launch.add_argument("--partition")
+    launch.add_argument("--time", default="24:00:00", help="time limit of one start (default 24:00:00)")
+    launch.add_argument("--container-image", help="for pyxis/enroot")
+    launch.add_argument("--container-mounts", nargs="*", default=[], metavar="FROM:TO")
+    launch.add_argument("--job-dir", type=Path, help="for NeMo-Run's scripts and logs; default: its home")
+    launch.add_argument("--retries", type=int, default=100, metavar="N", help="how often a job is put back (100)")
+    launch.add_argument("--dry-run", action="store_true", help="show what would be started")
+    launch.add_argument("--follow", action="store_true", help="wait for the end of the job, and show its log")
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from asyppo_megatron.launch.nemo import Request, launch
+
+    a = arguments
+    request = Request(
+        config=a.config,
+        overrides=tuple(a.overrides),
+        executor=a.executor,
+        nodes=a.nodes,
+        gpus_per_node=a.gpus_per_node,
+        account=a.account,
+        partition=a.partition,
+        time=a.time,
+        container_image=a.container_image,
+        container_mounts=tuple(a.container_mounts),
+        job_dir=a.job_dir,
+        retries=a.retries,
+    )
+    state = launch(request, load_config(a.config, a.overrides), dry_run=a.dry_run, follow=a.follow)
+    print(f"experiment: {state}")
+    return 0 if state in ("DRY RUN", "SUBMITTED", "SUCCEEDED") else 1
 
 
 def _train(arguments: argparse.Namespace) -> None:
