@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from asyppo_megatron.backend import has_gpu
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards.exact import ExactMatch
@@ -17,6 +18,16 @@ def check_run(config: Config) -> None:
         ConfigError: with everything that is missing or does not fit, at once.
     """
     errors = _model_errors(config)
+    if (
+        config.rollout.max_staleness
+        and config.rollout.engine == "embedded"
+        and not config.rollout.partial
+        and has_gpu()
+    ):
+        errors.append(
+            f"rollout.max_staleness: got {config.rollout.max_staleness} with engine embedded on a GPU that the ranks "
+            "train on, need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
+        )
     files = [("data.train", config.data.train), *((f"data.eval {e.name}", e.path) for e in config.data.eval)]
     for where, path in files:
         errors.extend(_dataset_errors(where, path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from asyppo_megatron.observability.board import Slot, answer_questions, pending_
 from asyppo_megatron.observability.metrics import MetricsLog
 from asyppo_megatron.observability.progress import Progress
 from asyppo_megatron.observability.timing import PhaseTimer
+from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.parallel.seeding import seed_process
 from asyppo_megatron.rollout.client import DriverHandle
 from asyppo_megatron.rollout.source import DriverSource
@@ -90,13 +92,22 @@ def build_run(
     scratch = None
     if handle is not None:
         size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
-        weights_dir, scratch = choose_directory(config.weight_sync.dir, config.run_dir, size)
+        weights_dir, scratch = choose_directory(_shared_directory(config), config.run_dir, size)
         store.set("weights_dir", str(weights_dir))
         _report_skipped(handle.client.hello(), config)
     return Run(
         config=config,
         world=world,
-        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s, slot, patience),
+        source=DriverSource(
+            handle,
+            config.run_dir,
+            store,
+            device,
+            config.rollout.timeout_s,
+            slot,
+            patience,
+            config.rollout.max_staleness,
+        ),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
         weights_dir=Path(store.get("weights_dir").decode()),
@@ -105,6 +116,17 @@ def build_run(
         scratch=scratch,
         slot=slot,
     )
+
+
+def _shared_directory(config: Config) -> Path | None:
+    """Where to push weights: as configured, and never into one node's memory what ranks of several nodes write."""
+    if config.weight_sync.dir is not None:
+        return config.weight_sync.dir
+    actor = config.actor
+    layout = ParallelLayout(actor.ranks, tp=actor.layout.tp, pp=actor.layout.pp, cp=actor.layout.cp)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
+    writers = [rank for rank in layout.ranks if layout.coordinates(rank).dp == 0]
+    return config.run_dir / "weights" if max(writers) >= here else None
 
 
 def _pending_collective() -> str:

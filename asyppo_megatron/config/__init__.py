@@ -15,7 +15,7 @@ from asyppo_megatron.config.load import (
     parse_override,
 )
 from asyppo_megatron.config.roles import CriticConfig, LayoutConfig, OptimizerConfig, ReferenceConfig, RoleConfig
-from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig, WeightSyncConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "RewardConfig",
     "RoleConfig",
     "RolloutConfig",
+    "SGLangConfig",
     "WeightSyncConfig",
     "apply_override",
     "build_config",

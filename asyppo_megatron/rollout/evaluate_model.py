@@ -11,7 +11,7 @@ import torch
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards import build_verifier
-from asyppo_megatron.rollout.driver import build_engine, build_problems
+from asyppo_megatron.rollout.driver import build_embedded_engine, build_problems
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
 from asyppo_megatron.rollout.scoring import Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
@@ -46,7 +46,7 @@ def evaluate_model(config: Config, model_dir: Path, out: Path | None = None) -> 
     scorer = None
     verifier = build_verifier(config.reward)  # its processes import while the weights are read
     try:
-        engine = build_engine(config, model_dir)
+        engine = build_embedded_engine(config, model_dir)
         scorer = Scorer(engine, tokenizer, verifier)
         engine.load_pretrained()
         results = []
