@@ -1,8 +1,8 @@
 """Runs as NeMo-Run experiments: the same recipes, on this machine under torchrun or on a Slurm cluster.
 
-Needs the extra `nemo`. On Slurm each node gets one task, which is our own launcher, so that stops, stuck ranks and failed
-starts are handled as in `slurm/*.sbatch`; NeMo-Run writes the batch script, submits it and puts failed jobs back into
-the queue.
+Needs the extra `nemo`. On Slurm each node gets one task, which is our own launcher, so that stops, stuck ranks and
+failed starts are handled as in `slurm/*.sbatch`; NeMo-Run writes the batch script, submits it and puts failed jobs back
+into the queue.
 """
 
 from __future__ import annotations

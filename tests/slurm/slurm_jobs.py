@@ -40,11 +40,11 @@ class Slurm:
             [str(HERE / "local_slurm.sh"), command, str(self.directory), *arguments], check=True, timeout=120
         )
 
-    def call(self, *command: str, may_fail: bool = False, **environment: str) -> str:
+    def call(self, *command: str, **environment: str) -> str:
         """Output of one of Slurm's commands."""
         env = {**os.environ, "SLURM_CONF": str(self.conf), **environment}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-        assert may_fail or done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr
         return done.stdout
 
     def submit(
@@ -81,6 +81,7 @@ class Job:
 
     def __init__(self, slurm: Slurm, number: str, run_dir: Path, log: Path):
         self._slurm, self.number, self.run_dir, self._log = slurm, number, run_dir, log
+        self._hastened = 0  # restarts that were brought forward
 
     @property
     def log(self) -> str:
@@ -111,26 +112,26 @@ class Job:
     def wait_for_restart(self, count: int) -> None:
         """Until the job has been put back into the queue so often, and begins again without Slurm's two minutes."""
         wait_until(lambda: self.restarts >= count, lambda: f"start {count}\n{self.log}")
-        self._begin_now()
+        self._begin_soon()
 
     def wait(self) -> str:
         """The final state, once nothing of the job is left on the machine."""
 
         def ended() -> bool:
             state = self.show()["JobState"]
-            if state == "PENDING":
-                self._begin_now()
+            self._begin_soon()
             return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 
         wait_until(ended, lambda: f"the end\n{self.log}")
         wait_until(lambda: not self.processes(), lambda: f"left behind: {self.processes()}", 30.0)
         return self.show()["JobState"]
 
-    def _begin_now(self) -> None:
-        """Spare a job that was put back into the queue Slurm's two minutes."""
-        if self.show()["JobState"] == "PENDING":
-            update = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
-            self._slurm.call(*update, may_fail=True)  # it may have begun by now
+    def _begin_soon(self) -> None:
+        """Spare a job that was put back into the queue Slurm's two minutes (but not all: it revokes by the second)."""
+        found = self.show()
+        if found["JobState"] == "PENDING" and int(found["Restarts"]) > self._hastened:
+            self._hastened = int(found["Restarts"])
+            self._slurm.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+4")
 
     def processes(self) -> list[psutil.Process]:
         """Everything that Slurm or we started for the job, zombies aside."""
