@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.client import DriverHandle, RolloutError
 from asyppo_megatron.types import PackedBatch
 
+logger = logging.getLogger(__name__)
 _POLL_S = 2.0
 _STOP = b"stop"  # in place of "ready"
 
@@ -81,7 +83,7 @@ class DriverSource:
             with self._slot.during("batch", self._patience_s):
                 return broadcast_batch(None, None, self._device)
         waited = 0.0
-        while not self._handle.client.wait(step, _POLL_S):
+        while not self._is_ready(step):
             if self._slot.stop_requested:
                 self._store.set(key, _STOP)
                 return None
@@ -104,6 +106,17 @@ class DriverSource:
         header = (step, version, arrays["tokens"].size, arrays["rewards"].size)
         with self._slot.during("batch", self._patience_s):
             return broadcast_batch(arrays, header, self._device)
+
+    def _is_ready(self, step: int) -> bool:
+        """Whether the step's rollouts are there, after a short wait."""
+        assert self._handle is not None
+        try:
+            return self._handle.client.wait(step, _POLL_S)
+        except RolloutError as e:
+            if not self._slot.stop_requested:
+                raise
+            logger.warning("stopping; rollouts of step %d failed, perhaps by the same signal: %s", step, e)
+            return False
 
     def evaluate(self, step: int) -> list[dict[str, Any]]:
         """Evaluation results of the weights that the engine holds; empty on ranks other than 0."""
