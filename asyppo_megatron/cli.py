@@ -1,4 +1,4 @@
-"""The command line: asyppo train | check | launch | demo | eval | prepare | convert | report."""
+"""The command line: asyppo train | serve | check | launch | demo | eval | convert and more (`asyppo --help`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from asyppo_megatron.config import Config, ConfigError, EvalSetConfig, load_config
+from asyppo_megatron.launch.options import add_check_options, add_launch_options, add_place_options, check, launch
 
 DEMO_CONFIG = Path("model_configs/runs/demo.yaml")
+PRETRAIN_STEPS = 50  # VAPO, arXiv 2504.05118
 DEMO_GPU_CONFIG = Path("model_configs/runs/demo_gpu.yaml")
 
 
@@ -66,19 +68,25 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a run, or resume it")
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    _place_options(train)
-    check = command("check", _check, "check a configuration, its files, and whether it fits an allocation")
-    check.add_argument("config", type=Path)
-    check.add_argument("overrides", nargs="*", metavar="key=value")
-    check.add_argument("--nodes", type=_count, default=1, metavar="N")
-    check.add_argument("--gpus-per-node", type=int, metavar="G", help="default: not checked")
-    check.add_argument("--shell", action="store_true", help="print name=value lines for a job script")
-    _launch_options(command("launch", _launch, "run a recipe through NeMo-Run, here or on a Slurm cluster"))
+    add_place_options(train)
+    serve = command("serve", _serve, "supervise the SGLang engines of this node for a run")
+    serve.add_argument("config", type=Path)
+    serve.add_argument("--address-file", type=Path, metavar="FILE", help="default: run_dir/agents/NODE.json")
+    serve.add_argument("--linger", type=float, metavar="S", help="end when no run has been there for so long")
+    serve.add_argument("overrides", nargs="*", metavar="key=value")
+    add_check_options(command("check", check, "check a configuration, its files, and whether it fits an allocation"))
+    add_launch_options(command("launch", launch, "run a recipe through NeMo-Run, here or on a Slurm cluster"))
     demo = command("demo", _demo, "make the demo's data and base models, then train")
     default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
     demo.add_argument("--config", type=Path, help=default)
     demo.add_argument("--data", type=Path, default=Path("runs/demo-data"))
     demo.add_argument("overrides", nargs="*", metavar="key=value")
+    pretrain = command(
+        "pretrain-critics", _pretrain_critics, "train the critics of a run on its unchanged policy, before the run"
+    )
+    pretrain.add_argument("config", type=Path)
+    pretrain.add_argument("--steps", type=_count, default=PRETRAIN_STEPS, metavar="N", help=f"default {PRETRAIN_STEPS}")
+    pretrain.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate = command("eval", _eval, "evaluate a Hugging Face model on the data.eval sets of a configuration")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--model", type=Path, help="Hugging Face directory; default: the run's exported actor")
@@ -143,54 +151,6 @@ def _no_command(arguments: argparse.Namespace) -> None:
     raise AssertionError("argparse requires a command")
 
 
-def _place_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a launcher that is one of several, each on its node."""
-    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes of the run, one launcher on each")
-    parser.add_argument("--node", type=int, default=0, metavar="K", help="which of them this is, from 0")
-    parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="of node 0, for several nodes")
-    parser.add_argument("--job", default="", metavar="ID", help="count failed starts of this job, and give up after 3")
-
-
-def _launch_options(launch: argparse.ArgumentParser) -> None:
-    launch.add_argument("config", type=Path)
-    launch.add_argument("overrides", nargs="*", metavar="key=value")
-    launch.add_argument("--executor", choices=["local", "slurm"], required=True)
-    launch.add_argument("--nodes", type=_count, default=1, metavar="N")
-    launch.add_argument("--gpus-per-node", type=_count, metavar="G", help="default: none are asked for")
-    launch.add_argument("--account", default=os.environ.get("SLURM_ACCOUNT", "default"))
-    launch.add_argument("--partition")
-    launch.add_argument("--time", default="24:00:00", help="time limit of one start (default 24:00:00)")
-    launch.add_argument("--container-image", help="for pyxis/enroot")
-    launch.add_argument("--container-mounts", nargs="*", default=[], metavar="FROM:TO")
-    launch.add_argument("--job-dir", type=Path, help="for NeMo-Run's scripts and logs; default: its home")
-    launch.add_argument("--retries", type=int, default=100, metavar="N", help="how often a job is put back (100)")
-    launch.add_argument("--dry-run", action="store_true", help="show what would be started")
-    launch.add_argument("--follow", action="store_true", help="wait for the end of the job, and show its log")
-
-
-def _launch(arguments: argparse.Namespace) -> int:
-    from asyppo_megatron.launch.nemo import Request, launch
-
-    a = arguments
-    request = Request(
-        config=a.config,
-        overrides=tuple(a.overrides),
-        executor=a.executor,
-        nodes=a.nodes,
-        gpus_per_node=a.gpus_per_node,
-        account=a.account,
-        partition=a.partition,
-        time=a.time,
-        container_image=a.container_image,
-        container_mounts=tuple(a.container_mounts),
-        job_dir=a.job_dir,
-        retries=a.retries,
-    )
-    state = launch(request, load_config(a.config, a.overrides), dry_run=a.dry_run, follow=a.follow)
-    print(f"experiment: {state}")
-    return 0 if state in ("DRY RUN", "SUBMITTED", "SUCCEEDED") else 1
-
-
 def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     from asyppo_megatron.launch.command import place_of, train_config
@@ -198,12 +158,26 @@ def _train(arguments: argparse.Namespace) -> None:
     train_config(config, place_of(arguments.nodes, arguments.node, arguments.rendezvous), arguments.job)
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    from asyppo_megatron.launch.allocation import check_allocation, shell_lines
+    from asyppo_megatron.launch.agent import serve
+    from asyppo_megatron.launch.command import num_gpus
 
-    facts = check_allocation(config, arguments.nodes, arguments.gpus_per_node)
-    print(shell_lines(facts) if arguments.shell else ", ".join(f"{name} {value}" for name, value in facts.items()))
+    logging.basicConfig(level=config.logging.level, format="%(asctime)s %(message)s", force=True)
+    print(f"agent ended: {serve(config, num_gpus(), arguments.address_file, arguments.linger)}", file=sys.stderr)
+
+
+def _pretrain_critics(arguments: argparse.Namespace) -> None:
+    from asyppo_megatron.config.methods import pretraining
+    from asyppo_megatron.launch.command import train_config
+
+    config, errors = pretraining(load_config(arguments.config, arguments.overrides), arguments.steps)
+    if errors:
+        raise ConfigError(errors)
+    train_config(config)
+    print("critics, pre-trained; to start a run from them:")
+    for index in range(config.num_critics):
+        print(f"  critics.{index}.model={config.run_dir / 'hf' / f'critic_{index}'}")
 
 
 def _quiet_imports(directory: Path, process: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.launch.attempts import attempt
 from asyppo_megatron.launch.hang import Watch
 from asyppo_megatron.launch.local import EXIT_STOPPED, Place, is_launched, run_ranks
+from asyppo_megatron.launch.run_agent import ensure_agent, needs_own_agent
 from asyppo_megatron.observability.board import Slot, StatusBoard
 from asyppo_megatron.observability.logs import configure_logging
 from asyppo_megatron.preflight import check_run
@@ -36,10 +39,11 @@ def train_config(config: Config, place: Place | None = None, job: str = "") -> N
     ranks = place.ranks(config.num_ranks)
     name = "launcher" if place.node == 0 else f"launcher-{place.node:05d}"
     configure_logging(config.run_dir, name, has_progress=False)  # what libraries say while they are imported
-    if is_launched():
-        _train_rank(config, None)
-        return
     gpus = num_gpus()
+    if is_launched():
+        with _own_engines(config, gpus, place):
+            _train_rank(config, None)
+        return
     if gpus and len(ranks) > gpus:
         found = f"ranks: got {len(ranks)} on a machine of {gpus} GPU(s), need one GPU a rank"
         raise ConfigError([f"{found}; let roles share ranks, or set CUDA_VISIBLE_DEVICES= to run on the CPU"])
@@ -50,7 +54,7 @@ def train_config(config: Config, place: Place | None = None, job: str = "") -> N
     board = StatusBoard(len(ranks))
     watch = Watch(board, {name: role.ranks for name, role in config.roles().items()}, config.checkpoint.grace_s)
     counted = attempt(config.run_dir, job) if job and place.node == 0 else contextlib.nullcontext()
-    with counted:
+    with counted, _own_engines(config, gpus, place):
         run_ranks(
             config.num_ranks,
             lambda rank: _train_rank(config, board.slot(rank - ranks.start)),
@@ -58,6 +62,21 @@ def train_config(config: Config, place: Place | None = None, job: str = "") -> N
             place=place,
             watch=watch,
         )
+
+
+@contextlib.contextmanager
+def _own_engines(config: Config, gpus: int, place: Place) -> Iterator[None]:
+    """The agent of this node, where the run generates with SGLang and nobody else provides engines."""
+    if place.node != 0 or int(os.environ.get("RANK", "0")) or not needs_own_agent(config):
+        yield
+        return
+    agent = ensure_agent(config, gpus)
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        agent.close(finished)
 
 
 def _train_rank(config: Config, slot: Slot | None) -> None:

@@ -23,6 +23,7 @@ class StepIdentity:
     def __init__(self, config: Config, stop_token_ids: tuple[int, ...]):
         settings = {
             "rollout": config.rollout.model_dump(mode="json", exclude=_INDIFFERENT),
+            "filtering": config.filtering.model_dump(mode="json"),
             "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
             "stops": stop_token_ids,
             "shuffle": config.data.shuffle,
