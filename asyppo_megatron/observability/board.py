@@ -21,6 +21,7 @@ _WHERE = struct.Struct("<qdd32s32s")  # step, entered at (s, monotonic), deadlin
 _ANSWERED = _WHERE.size  # place of the number of the question that the text answers
 _TEXT = _ANSWERED + 1
 _POLL_S = 0.5
+_WORLD = {"default_pg": "world", "undefined": "unnamed"}  # what torch calls groups
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,6 @@ def pending_collective(trace: bytes) -> str:
         if entry.get("retired") or entry.get("state") == "completed":
             continue
         name, described = entry["process_group"]
-        group = described if described not in ("", "undefined") else name
+        group = _WORLD.get(described, described or name)
         return f"{entry['profiling_name']} number {entry['collective_seq_id']} of group {group} {entry['input_sizes']}"
     return ""
