@@ -112,7 +112,7 @@ stop() {
   local file
   scancel --user=root --signal=KILL --full 2> /dev/null || true
   scancel --user=root 2> /dev/null || true
-  sleep 1
+  for _ in $(seq 300); do [ -n "$(squeue --noheader 2> /dev/null)" ] || break; sleep 0.1; done
   for file in "$dir"/run/slurmd.*.pid "$dir/run/slurmctld.pid" "$dir/run/munged.pid"; do
     running "$file" || continue
     kill "$(cat "$file")"
