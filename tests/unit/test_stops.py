@@ -244,7 +244,8 @@ def calls_without_timeout(source: str) -> list[str]:
         last = name.split(".")[-1]
         is_request = name.split(".")[0] in ("requests", "httpx") and last in REQUESTS
         needed = NEEDS_TIMEOUT.get(last, "timeout" if is_request else None)
-        if needed and needed not in {k.arg for k in node.keywords}:
+        is_positional = last == "create_connection" and len(node.args) > 1
+        if needed and not is_positional and needed not in {k.arg for k in node.keywords}:
             found.append(f"{node.lineno}: {name}")
     return found
 
