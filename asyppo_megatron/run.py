@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,8 @@ from asyppo_megatron.parallel.seeding import seed_process
 from asyppo_megatron.rollout.client import DriverHandle
 from asyppo_megatron.rollout.source import DriverSource
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
+from asyppo_megatron.weight_sync.engines import EngineTarget
+from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
 from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)
@@ -46,11 +50,39 @@ class Run:
     progress: Progress | None
     scratch: ScratchDirectory | None  # owns weights_dir where nothing else does
     slot: Slot  # of the launcher's board
+    engines: EngineSync | None = None  # on the actor's ranks, where engines are not in the driver
+    synced: dict[str, Any] = field(default_factory=dict)  # of the last weight sync
     rollout_state: dict[str, Any] = field(default_factory=dict)
     evaluated: set[int] = field(default_factory=set)
 
     def push(self, policy_version: int) -> None:
-        """The actor's weights into the engine, under a new version."""
+        """The actor's weights into the engines, under a new version."""
+        if self.config.rollout.engine == "sglang":
+            self._push_to_engines(policy_version)
+        else:
+            self._push_to_driver(policy_version)
+
+    def _push_to_engines(self, policy_version: int) -> None:
+        """The actor's ranks bring them; rank 0 tells the driver before and after."""
+        rank = dist.get_rank()
+        if rank == 0:
+            self.world.store.set(_engines_key(policy_version), json.dumps(self.source.begin_update()))
+        if self.engines is not None:
+            actor = self.world.actor
+            assert actor is not None
+            self.synced = self.engines.push(actor.role.module, policy_version)
+            if self.engines.is_lead and 0 not in self.config.actor.ranks:
+                self.world.announce(f"weights/{policy_version}")
+        elif rank == 0:
+            self.world.wait_for(f"weights/{policy_version}")
+        if rank == 0:
+            on_disk = self.config.weight_sync.transport == "disk"
+            path = version_directory(self.weights_dir, policy_version) if on_disk else None
+            self.source.end_update(policy_version, path)
+            self.world.store.delete_key(_engines_key(policy_version - 1))
+
+    def _push_to_driver(self, policy_version: int) -> None:
+        """Through a directory that the driver reads."""
         actor, rank = self.world.actor, dist.get_rank()
         if actor is not None:
             push_to_directory(
@@ -92,9 +124,11 @@ def build_run(
     scratch = None
     if handle is not None:
         size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
-        weights_dir, scratch = choose_directory(_shared_directory(config), config.run_dir, size)
-        store.set("weights_dir", str(weights_dir))
+        chosen, scratch = choose_directory(_shared_directory(config), config.run_dir, size)
+        store.set("weights_dir", str(chosen))
+        store.set("sync/name", f"asyppo-{secrets.token_hex(4)}")  # engines may know groups of other runs
         _report_skipped(handle.client.hello(), config)
+    weights_dir = Path(store.get("weights_dir").decode())
     return Run(
         config=config,
         world=world,
@@ -110,12 +144,40 @@ def build_run(
         ),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
-        weights_dir=Path(store.get("weights_dir").decode()),
+        weights_dir=weights_dir,
         metrics=_metrics_log(config) if rank == 0 else None,
         progress=Progress(config.num_steps) if rank == 0 else None,
         scratch=scratch,
         slot=slot,
+        engines=_engine_sync(config, world, weights_dir),
     )
+
+
+def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync | None:
+    """What brings the actor's weights to SGLang servers; None outside the actor and with the embedded engine."""
+    if config.rollout.engine != "sglang" or world.actor is None:
+        return None
+    sync, engines = config.weight_sync, config.rollout.sglang
+    options = SyncOptions(
+        transport=sync.transport,
+        bucket_bytes=sync.bucket_mb << 20,
+        checksum=sync.checksum,
+        timeout_s=sync.timeout_s,
+        pause_mode="in_place" if config.rollout.on_update == "carry" else "retract",
+        directory=weights_dir,
+    )
+
+    def targets(policy_version: int) -> list[EngineTarget]:
+        urls = json.loads(world.store.get(_engines_key(policy_version)))
+        return [EngineTarget(url, colocated=engines.placement == "colocated") for url in urls]
+
+    role = world.actor.role
+    name = world.store.get("sync/name").decode()
+    return EngineSync(role.groups, role.spec, world.store, world.device, options, targets=targets, name=name)
+
+
+def _engines_key(policy_version: int) -> str:
+    return f"sync/engines/{policy_version}"
 
 
 def _shared_directory(config: Config) -> Path | None:
@@ -179,6 +241,8 @@ def release(run: Run) -> None:
         run.progress.close()
     if run.metrics is not None:
         run.metrics.close()
+    if run.engines is not None:
+        run.engines.close()
     if run.scratch is not None:
         run.scratch.close()
     elif dist.get_rank() == 0 and run.config.weight_sync.dir is None:

@@ -14,12 +14,21 @@ from asyppo_megatron.config.load import (
     load_config,
     parse_override,
 )
-from asyppo_megatron.config.roles import CriticConfig, LayoutConfig, OptimizerConfig, ReferenceConfig, RoleConfig
-from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig, WeightSyncConfig
+from asyppo_megatron.config.roles import (
+    ActorConfig,
+    CriticConfig,
+    LayoutConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RoleConfig,
+)
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
+from asyppo_megatron.config.weight_sync import WeightSyncConfig
 
 __all__ = [
     "PAPER_SYSTEM_PROMPT",
+    "ActorConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -62,10 +62,15 @@ def check_tensors(
     return sum(run_split(work, sizes, processes=processes, progress=Progress("verify", sum(sizes), quiet=quiet)))
 
 
-def is_small(spec: ModelSpec) -> bool:
-    """Whether both models fit into memory side by side for a look at their logits."""
+def has_comparable_logits(spec: ModelSpec) -> bool:
+    """Whether both models fit into memory side by side for a look at their logits, and run here."""
+    from asyppo_megatron.backend import prepare_megatron
+
+    prepare_megatron()
+    from asyppo_megatron.models.gpt import can_run
+
     elements = sum(torch.Size(s).numel() for s in hf_tensors(spec).values())
-    return 4 * elements <= SMALL_MODEL_BYTES and not spec.num_experts
+    return 4 * elements <= SMALL_MODEL_BYTES and can_run(spec)
 
 
 def check_logits(hf_dir: Path, megatron_dir: Path, spec: ModelSpec, *, critic: bool, prefix: str = "") -> float:

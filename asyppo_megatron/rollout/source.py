@@ -61,6 +61,15 @@ class DriverSource:
         if self._handle is not None:
             self._handle.client.load_weights(directory, policy_version)
 
+    def begin_update(self) -> list[str]:
+        """URLs of the engines, whose weights the ranks are about to change; on rank 0."""
+        return self._handle.client.begin_update() if self._handle is not None else []
+
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
+        """The engines have these weights; `path`: a directory that has them too."""
+        if self._handle is not None:
+            self._handle.client.end_update(policy_version, path)
+
     def start(self, step: int, policy_version: int) -> None:
         """Begin the rollouts of a step; returns at once."""
         if self._handle is not None:
