@@ -52,7 +52,8 @@ def train_config(config: Config, place: Place | None = None, job: str = "") -> N
         # Engine may start CUDA while it is imported.
         import asyppo_megatron.train  # noqa: F401
     board = StatusBoard(len(ranks))
-    watch = Watch(board, {name: role.ranks for name, role in config.roles().items()}, config.checkpoint.grace_s)
+    roles = {name: role.ranks for name, role in config.roles().items()}
+    watch = Watch(board, roles, config.checkpoint.grace_s, config.collective_timeout_s)
     counted = attempt(config.run_dir, job) if job and place.node == 0 else contextlib.nullcontext()
     with counted, _own_engines(config, gpus, place):
         run_ranks(

@@ -26,11 +26,13 @@ class Watch:
         board: that they write to.
         roles: members of each role, by name.
         grace_s: seconds that a step under way is given after a stop signal.
+        patience_s: longest that a rank may be stopped by a signal, whatever it does.
     """
 
     board: StatusBoard
     roles: Mapping[str, Sequence[int]]
     grace_s: float
+    patience_s: float
 
 
 class HangDetector:
@@ -38,16 +40,24 @@ class HangDetector:
 
     def __init__(self, watch: Watch, children: Sequence[Child], peers: Peers):
         self._watch, self._children, self._peers = watch, children, peers
+        self._stopped_since: dict[int, float] = {}  # by process
 
     def poll(self) -> Failure | None:
         """A failure that names who is behind, or None while all get on."""
-        statuses = [self._watch.board.read(index) for index in range(len(self._children))]
-        late = any(status.is_late for child, status in zip(self._children, statuses, strict=True) if child.code is None)
-        if not late and not self._peers.hears_hang():
+        running = [(index, child) for index, child in enumerate(self._children) if child.code is None]
+        late = any(self._watch.board.read(index).is_late for index, _ in running)
+        if not late and not self._is_one_stopped([c for _, c in running]) and not self._peers.hears_hang():
             return None
         self._peers.announce_hang()
         findings = self._peers.gather_findings(self._find(), 2 * _ANSWER_S)
         return Failure(0, time.time(), describe(findings, self._watch.roles))
+
+    def _is_one_stopped(self, running: Sequence[Child]) -> bool:
+        """Whether a signal has stopped a rank for too long; a phase that waits for rollouts may itself take hours."""
+        now = time.monotonic()
+        stopped = [child.pid for child in running if _process_state(child.pid) == "T"]
+        self._stopped_since = {pid: self._stopped_since.get(pid, now) for pid in stopped}
+        return any(now - since > self._watch.patience_s for since in self._stopped_since.values())
 
     def _find(self) -> list[dict[str, Any]]:
         """What the ranks of this node say about themselves; their stacks go to their logs."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from asyppo_megatron.config import ConfigError
+from asyppo_megatron.config import ConfigError, load_config
 from asyppo_megatron.launch import allocation
 from asyppo_megatron.launch.attempts import GivenUp, attempt
 from asyppo_megatron.launch.command import place_of
 from asyppo_megatron.launch.failure import Failure, RankFailed, Stopped, explain
-from asyppo_megatron.launch.hang import describe
+from asyppo_megatron.launch.hang import HangDetector, Watch, describe
 from asyppo_megatron.launch.peers import Peers, Place, open_store
+from asyppo_megatron.launch.processes import Child
 from asyppo_megatron.observability.board import StatusBoard, answer_questions, pending_collective
 
 PACKAGE = Path(__file__).resolve().parents[2] / "asyppo_megatron"
@@ -119,6 +125,39 @@ def test_without_a_stopped_rank_the_one_that_is_silent_then_the_one_outside_coll
 def test_when_all_wait_those_of_the_oldest_step_that_wait_longest_are_named():
     found = [finding(0, "metrics", seconds=30.0), finding(1, "exchange", seconds=50.0), finding(2, "batch", step=5)]
     assert "rank 1 (actor; process 101) is behind in exchange" in describe(found, ROLES)
+
+
+def test_a_rank_that_a_signal_stopped_is_found_whatever_it_does():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        board = StatusBoard(1)
+        board.slot(0).enter("rollouts", "", 5000.0)
+        child = Child(0, process.pid, -1, -1)
+        detector = HangDetector(Watch(board, ROLES, 1.0, 0.2), [child], Peers(dist.HashStore(), Place()))
+        assert detector.poll() is None
+        os.kill(process.pid, signal.SIGSTOP)
+        found, deadline = None, time.monotonic() + 30
+        while found is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = detector.poll()
+        assert f"rank 0 (actor; process {process.pid}) is stopped by a signal in rollouts" in found.message
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_weights_that_ranks_of_another_node_write_go_where_all_nodes_read(monkeypatch, tmp_path):
+    from asyppo_megatron.run import _shared_directory
+
+    def directory(*overrides: str) -> Path | None:
+        demo = PACKAGE.parent / "model_configs/runs/demo.yaml"
+        return _shared_directory(load_config(demo, [f"run_dir={tmp_path}", *overrides]))
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert directory() is None, "shared memory serves where all writers are on the first node"
+    assert directory("actor.ranks=2-3", "critics.0.ranks=0", "critics.1.ranks=1") == tmp_path / "weights"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert directory("actor.ranks=2-3", "critics.0.ranks=0", "critics.1.ranks=1") is None
 
 
 def test_a_killed_rank_explains_earlier_errors_of_others():
@@ -263,8 +302,6 @@ def test_every_collective_and_every_http_call_has_a_finite_timeout():
 
 
 def test_an_allocation_that_does_not_fit_is_refused_with_what_to_ask_for(monkeypatch, tmp_path):
-    from asyppo_megatron.config import load_config
-
     monkeypatch.setattr(allocation, "check_run", lambda config: None)
     demo = PACKAGE.parent / "model_configs/runs/demo.yaml"
     config = load_config(demo, [f"run_dir={tmp_path / 'run'}"])
