@@ -153,6 +153,13 @@ def _no_command(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
+    if config.num_steps and not config.trains_policy:
+        logging.warning(
+            "no step of this run updates the policy: num_steps %d, ppo.critic_warmup_steps %d, ppo.policy_every %d",
+            config.num_steps,
+            config.ppo.critic_warmup_steps,
+            config.ppo.policy_every,
+        )
     from asyppo_megatron.launch.command import place_of, train_config
 
     train_config(config, place_of(arguments.nodes, arguments.node, arguments.rendezvous), arguments.job)

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from asyppo_megatron.backend import init_distributed
+from asyppo_megatron.backend import empty_cache, init_distributed
 from asyppo_megatron.backend.scratch import ScratchDirectory
 from asyppo_megatron.checkpoint import Checkpointer
 from asyppo_megatron.config import Config
@@ -25,8 +25,10 @@ from asyppo_megatron.observability.progress import Progress
 from asyppo_megatron.observability.timing import PhaseTimer
 from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.parallel.seeding import seed_process
+from asyppo_megatron.roles.offload import MOVED, Offloader, Part
 from asyppo_megatron.rollout.client import DriverHandle
 from asyppo_megatron.rollout.source import DriverSource
+from asyppo_megatron.weight_sync.devices import engine_gpus
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
 from asyppo_megatron.weight_sync.engines import EngineTarget
 from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
@@ -50,6 +52,7 @@ class Run:
     progress: Progress | None
     scratch: ScratchDirectory | None  # owns weights_dir where nothing else does
     slot: Slot  # of the launcher's board
+    movers: dict[str, tuple[Offloader, tuple[Part, ...]]] = field(default_factory=dict)  # by role, and what they move
     engines: EngineSync | None = None  # on the actor's ranks, where engines are not in the driver
     synced: dict[str, Any] = field(default_factory=dict)  # of the last weight sync
     rollout_state: dict[str, Any] = field(default_factory=dict)
@@ -65,12 +68,17 @@ class Run:
     def _push_to_engines(self, policy_version: int) -> None:
         """The actor's ranks bring them; rank 0 tells the driver before and after."""
         rank = dist.get_rank()
+        self._move_out(but_actor_weights=True)
         if rank == 0:
             self.world.store.set(_engines_key(policy_version), json.dumps(self.source.begin_update()))
         if self.engines is not None:
             actor = self.world.actor
             assert actor is not None
             self.synced = self.engines.push(actor.role.module, policy_version)
+        self._move_out()
+        if self.engines is not None:
+            if self.is_colocated:
+                self.engines.wake()
             if self.engines.is_lead and 0 not in self.config.actor.ranks:
                 self.world.announce(f"weights/{policy_version}")
         elif rank == 0:
@@ -80,6 +88,35 @@ class Run:
             path = version_directory(self.weights_dir, policy_version) if on_disk else None
             self.source.end_update(policy_version, path)
             self.world.store.delete_key(_engines_key(policy_version - 1))
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether engines generate on the devices of the ranks, in turn with training."""
+        rollout = self.config.rollout
+        return rollout.engine == "sglang" and rollout.sglang.placement == "colocated"
+
+    def take_devices(self, step: int) -> None:
+        """Begin to train on devices that colocated engines have used: not before they have let go of their memory."""
+        if not self.is_colocated:
+            return
+        key = f"sync/devices/{step}"
+        if self.engines is not None:
+            self.engines.release()
+            if self.engines.is_lead:
+                self.world.store.set(key, "free")
+                self.world.store.delete_key(f"sync/devices/{step - 2}")
+        self.world.store.wait([key])
+        for mover, _ in self.movers.values():
+            mover.reload()
+
+    def _move_out(self, *, but_actor_weights: bool = False) -> None:
+        """What the configuration wants on the host while engines generate; on return every rank has done it."""
+        if not self.is_colocated:
+            return
+        for name, (mover, parts) in self.movers.items():
+            mover.offload(p for p in parts if not (but_actor_weights and name == "actor" and p == "weights"))
+        empty_cache(self.world.device)
+        dist.barrier()
 
     def _push_to_driver(self, policy_version: int) -> None:
         """Through a directory that the driver reads."""
@@ -150,7 +187,20 @@ def build_run(
         scratch=scratch,
         slot=slot,
         engines=_engine_sync(config, world, weights_dir),
+        movers=_movers(config, world),
     )
+
+
+def _movers(config: Config, world: World) -> dict[str, tuple[Offloader, tuple[Part, ...]]]:
+    """What moves the roles of this rank to the host and back."""
+    movers = {
+        name: (Offloader(role.module, role.ddp, role.optimizer), MOVED[config.roles()[name].offload])
+        for name, role in world.roles.items()
+    }
+    if world.reference is not None:
+        parts = MOVED[config.actor.offload]
+        movers["reference"] = (Offloader(world.reference.model), tuple(p for p in parts if p == "weights"))
+    return movers
 
 
 def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync | None:
@@ -165,11 +215,14 @@ def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync 
         timeout_s=sync.timeout_s,
         pause_mode="in_place" if config.rollout.on_update == "carry" else "retract",
         directory=weights_dir,
+        colocated=engines.placement == "colocated",
     )
 
     def targets(policy_version: int) -> list[EngineTarget]:
         urls = json.loads(world.store.get(_engines_key(policy_version)))
-        return [EngineTarget(url, colocated=engines.placement == "colocated") for url in urls]
+        gpus = engine_gpus(config)
+        beside = engines.placement == "colocated" and world.device.type == "cpu"
+        return [EngineTarget(url, gpus.get(url, ()), colocated=beside) for url in urls]
 
     role = world.actor.role
     name = world.store.get("sync/name").decode()

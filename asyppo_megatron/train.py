@@ -45,6 +45,7 @@ def train(run: Run, first_step: int) -> bool:
             run.checkpoints.finish(wait=False)  # only now that the metrics of its step are logged
         with run.timer.phase("rollouts", deadline_s=config.rollout.timeout_s + config.collective_timeout_s):
             batch = source.next_batch(step)
+            run.take_devices(step)
         if batch is None:  # the weights are those of the step before: nothing of this one is lost but time
             save_if_new(run, step)
             return False
@@ -120,8 +121,8 @@ def check_mismatch(step: int, measured: dict[str, float], config: Config) -> Non
         raise RunError(
             f"step {step}: engines and trainer disagree by {found:.4g} nats a token in the mean (largest "
             f"{measured.get('mismatch_max', found):.4g}, k3 KL {measured['mismatch_k3_kl']:.4g}), more than "
-            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for "
-            "engines with other weights, another precision, or too stale rollouts; or raise the limit"
+            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for engines with "
+            "other weights, another precision, or too stale rollouts; or raise the limit"
         )
 
 

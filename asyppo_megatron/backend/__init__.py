@@ -78,6 +78,12 @@ def prepare_megatron() -> None:
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give memory that torch keeps for later back to the device, where other processes need it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Highest resident (CPU) or allocated (GPU) memory of this process so far, GiB."""
     if device.type == "cuda":
