@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import shutil
 from dataclasses import dataclass, field
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from asyppo_megatron.backend import empty_cache, init_distributed
 from asyppo_megatron.backend.scratch import ScratchDirectory
 from asyppo_megatron.checkpoint import Checkpointer
 from asyppo_megatron.config import Config
 from asyppo_megatron.convert.export_hf import export_hf
+from asyppo_megatron.observability.board import Slot, answer_questions, pending_collective
 from asyppo_megatron.observability.metrics import MetricsLog
 from asyppo_megatron.observability.progress import Progress
 from asyppo_megatron.observability.timing import PhaseTimer
+from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.parallel.seeding import seed_process
 from asyppo_megatron.roles.offload import MOVED, Offloader, Part
 from asyppo_megatron.rollout.client import DriverHandle
@@ -31,6 +35,7 @@ from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
 from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)
+_WATCHED = 0.8  # of the collectives' timeout: the launcher is to ask the ranks while they still wait
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Run:
     metrics: MetricsLog | None
     progress: Progress | None
     scratch: ScratchDirectory | None  # owns weights_dir where nothing else does
+    slot: Slot  # of the launcher's board
     movers: dict[str, tuple[Offloader, tuple[Part, ...]]] = field(default_factory=dict)  # by role, and what they move
     engines: EngineSync | None = None  # on the actor's ranks, where engines are not in the driver
     synced: dict[str, Any] = field(default_factory=dict)  # of the last weight sync
@@ -140,18 +146,22 @@ class Run:
             self.progress.step({"step": step, **row})
 
 
-def build_run(config: Config, rank: int, world_size: int, local_rank: int, handle: DriverHandle | None) -> Run:
+def build_run(
+    config: Config, rank: int, world_size: int, local_rank: int, handle: DriverHandle | None, slot: Slot
+) -> Run:
     """Join the world and build this rank's roles."""
     if world_size != config.num_ranks:
         raise ValueError(f"world: got {world_size} ranks, need {config.num_ranks} (highest rank of any role + 1)")
     device, store = init_distributed(rank, world_size, local_rank, config.collective_timeout_s)
+    answer_questions(slot, _pending_collective)
     seed_process(config.seed)
-    timer = PhaseTimer(device)
+    patience = _WATCHED * config.collective_timeout_s
+    timer = PhaseTimer(device, slot, patience)
     world = World(config, device, store, timer)
     scratch = None
     if handle is not None:
         size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
-        chosen, scratch = choose_directory(config.weight_sync.dir, config.run_dir, size)
+        chosen, scratch = choose_directory(_shared_directory(config), config.run_dir, size)
         store.set("weights_dir", str(chosen))
         store.set("sync/name", f"asyppo-{secrets.token_hex(4)}")  # engines may know groups of other runs
         _report_skipped(handle.client.hello(), config)
@@ -160,7 +170,14 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
         config=config,
         world=world,
         source=DriverSource(
-            handle, config.run_dir, store, device, config.rollout.timeout_s, config.rollout.max_staleness
+            handle,
+            config.run_dir,
+            store,
+            device,
+            config.rollout.timeout_s,
+            slot,
+            patience,
+            config.rollout.max_staleness,
         ),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
@@ -168,6 +185,7 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
         metrics=_metrics_log(config) if rank == 0 else None,
         progress=Progress(config.num_steps) if rank == 0 else None,
         scratch=scratch,
+        slot=slot,
         engines=_engine_sync(config, world, weights_dir),
         movers=_movers(config, world),
     )
@@ -213,6 +231,27 @@ def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync 
 
 def _engines_key(policy_version: int) -> str:
     return f"sync/engines/{policy_version}"
+
+
+def _shared_directory(config: Config) -> Path | None:
+    """Where to push weights: as configured, and never into one node's memory what ranks of several nodes write."""
+    if config.weight_sync.dir is not None:
+        return config.weight_sync.dir
+    actor = config.actor
+    layout = ParallelLayout(actor.ranks, tp=actor.layout.tp, pp=actor.layout.pp, cp=actor.layout.cp)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
+    writers = [rank for rank in layout.ranks if layout.coordinates(rank).dp == 0]
+    return config.run_dir / "weights" if max(writers) >= here else None
+
+
+def _pending_collective() -> str:
+    """The collective that this rank waits in, from torch's flight recorder."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    record = _distributed_c10d._dump_nccl_trace_json if on_gpu else _distributed_c10d._dump_fr_trace_json
+    try:
+        return pending_collective(record())
+    except (KeyError, ValueError):  # another version's format
+        return "a collective that torch's flight recorder describes in another format"
 
 
 def _report_skipped(found: dict[str, Any], config: Config) -> None:

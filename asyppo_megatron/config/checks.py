@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from asyppo_megatron.config.algorithm import WITHOUT_OLD_LOGPROBS, PPOConfig
 from asyppo_megatron.config.engines import engine_errors, offload_errors, staleness_errors, transport_errors
 from asyppo_megatron.config.roles import RoleConfig
@@ -46,11 +48,11 @@ def _role_errors(name: str, role: RoleConfig, batch_size: int) -> list[str]:
         )
     if layout.sequence_parallel and layout.tp == 1:
         errors.append(f"{where}.layout.sequence_parallel: got true with tp 1, need tp > 1; leave it out")
-    least = 2 * layout.cp * (layout.tp if layout.sp else 1) if layout.cp > 1 else 1
+    least = math.lcm(2 * layout.cp if layout.cp > 1 else 1, layout.cp * layout.tp if layout.sp else 1)
     if role.max_tokens_per_micro_batch < least:
         errors.append(
-            f"{where}.max_tokens_per_micro_batch: got {role.max_tokens_per_micro_batch}, need at least {least} with "
-            f"cp {layout.cp} and tp {layout.tp} (every sequence is padded to a multiple of {2 * layout.cp}); raise it"
+            f"{where}.max_tokens_per_micro_batch: got {role.max_tokens_per_micro_batch}, need at least {least}, which "
+            f"packs are padded to a multiple of with tp {layout.tp} and cp {layout.cp}; raise it"
         )
     if role.mini_batch_size is not None and (role.mini_batch_size > batch_size or batch_size % role.mini_batch_size):
         errors.append(

@@ -31,7 +31,7 @@ class SGLangConfig(Section):
     kept_mass_every: int = Field(32, ge=0)  # responses between two whose kept mass is measured; 0: none
     start_timeout_s: float = Field(900.0, gt=0)
     health_interval_s: float = Field(10.0, gt=0)
-    health_timeout_s: float = Field(60.0, gt=0)  # without an answer for so long an engine is hung
+    health_timeout_s: float = Field(120.0, gt=0)  # without an answer for so long an engine is hung
     max_restarts: int = Field(5, ge=0)  # of one engine within restart_window_s; then it is given up
     restart_window_s: float = Field(3600.0, gt=0)
     restart_backoff_s: float = Field(5.0, gt=0)  # before the first restart; doubled for each further one

@@ -26,6 +26,7 @@ from asyppo_megatron.rewards import build_verifier
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.buffer import Group, GroupBuffer
 from asyppo_megatron.rollout.dataset import Problems, PromptCursor, load_problems
+from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
@@ -57,7 +58,7 @@ def build_engine(config: Config) -> Engine:
         return build_embedded_engine(config)
     from asyppo_megatron.rollout.sglang import SGLangEngine  # aiohttp comes with SGLang, which not every machine has
 
-    return SGLangEngine(config.rollout, ModelSpec.from_hf(config.actor.model).vocab_size)
+    return SGLangEngine(config.rollout, EngineFinder(config), ModelSpec.from_hf(config.actor.model).vocab_size)
 
 
 def build_embedded_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
@@ -108,7 +109,7 @@ class RolloutDriver:
             _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
         )
         self._identity = StepIdentity(config, self._stops)
-        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness)
+        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness, config.num_steps)
         self._changed = threading.Condition(threading.RLock())
         self._wanted: int | None = None  # the step that was started last
         self._next: int | None = None  # the step whose batch leaves the buffer next; None: the one that is started
@@ -321,7 +322,8 @@ class RolloutDriver:
                 self._accept(groups, scores, wave)
                 self._journal_batches()
                 self._waves -= 1
-                self._fill()  # where groups were refused
+                if self._failure is None:
+                    self._fill()  # where groups were refused
                 self._changed.notify_all()
         except Exception as e:  # whatever it is, the trainer must hear of it
             log.exception("rollouts of step %d failed", self._next)
