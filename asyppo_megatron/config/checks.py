@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from asyppo_megatron.config.algorithm import WITHOUT_OLD_LOGPROBS, PPOConfig
-from asyppo_megatron.config.engines import engine_errors, staleness_errors
+from asyppo_megatron.config.engines import engine_errors, offload_errors, staleness_errors, transport_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
 
@@ -24,6 +24,8 @@ def cross_checks(config: Config) -> list[str]:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")
     errors.extend(engine_errors(config.rollout))
     errors.extend(staleness_errors(config))
+    errors.extend(offload_errors(config))
+    errors.extend(transport_errors(config))
     names = [e.name for e in config.data.eval]
     if len(set(names)) != len(names):
         errors.append(f"data.eval: got names {names}, need distinct ones; rename one")

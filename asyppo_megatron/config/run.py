@@ -38,6 +38,7 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     async_save: bool = True
     at_end: bool = True
+    grace_s: float = Field(240.0, gt=0)  # of a step under way after a stop signal
     export_hf: bool = True  # Hugging Face model of the actor and the critics at the end
 
 

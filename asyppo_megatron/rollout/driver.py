@@ -109,7 +109,7 @@ class RolloutDriver:
             _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
         )
         self._identity = StepIdentity(config, self._stops)
-        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness)
+        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness, config.num_steps)
         self._changed = threading.Condition(threading.RLock())
         self._wanted: int | None = None  # the step that was started last
         self._next: int | None = None  # the step whose batch leaves the buffer next; None: the one that is started

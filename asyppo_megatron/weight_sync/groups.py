@@ -46,7 +46,7 @@ class UpdateGroup:
             }
             asked.append(Request(url, "POST", "/init_weights_update_group", body, timeout_s))
             offset += tp
-        self._pg: Any = _join(backend, dist.PrefixStore(name, tcp), size, name, timeout)
+        self._pg: Any = join(backend, dist.PrefixStore(name, tcp), size, name, timeout)
         self._store = tcp  # the group's rendezvous lives as long as the group
         for request in asked:
             request.answer()
@@ -72,12 +72,12 @@ class UpdateGroup:
                 continue  # it is gone, or has forgotten the group with the process that knew it
 
 
-def _join(backend: str, store: dist.Store, size: int, name: str, timeout: timedelta) -> Any:
+def join(backend: str, store: dist.Store, size: int, name: str, timeout: timedelta, rank: int = 0) -> Any:
     """The group as SGLang's `init_custom_process_group` makes it: both sides must use the same keys of the store."""
     pg, _ = c10d._new_process_group_helper(
-        size, 0, [], dist.Backend(backend), store, group_name=name, backend_options=None, timeout=timeout
+        size, rank, [], dist.Backend(backend), store, group_name=name, backend_options=None, timeout=timeout
     )
-    c10d._world.pg_group_ranks[pg] = {rank: rank for rank in range(size)}
+    c10d._world.pg_group_ranks[pg] = {r: r for r in range(size)}
     return pg
 
 
