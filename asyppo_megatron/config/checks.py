@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
 
@@ -13,6 +14,7 @@ def cross_checks(config: Config) -> list[str]:
         errors.extend(_role_errors(name, role, config.batch_size))
     errors.extend(_placement_errors(config))
     errors.extend(_algorithm_errors(config))
+    errors.extend(reward_errors(config))
     if config.rollout.top_p < 1 and config.rollout.top_k == 1:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")
     names = [e.name for e in config.data.eval]

@@ -20,12 +20,14 @@ import torch
 
 from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config
-from asyppo_megatron.rewards import build_verifier
+from asyppo_megatron.rewards import build_rewards
 from asyppo_megatron.rollout import journal
-from asyppo_megatron.rollout.dataset import Problem, Problems, PromptCursor, load_problems
+from asyppo_megatron.rollout.dataset import Problem
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
 from asyppo_megatron.rollout.generation import sample_rows, step_requests, step_statistics, step_trajectories
+from asyppo_megatron.rollout.problems import build_eval_problems, build_prompts, build_train_problems
+from asyppo_megatron.rollout.reward_statistics import passes_and_tries
 from asyppo_megatron.rollout.scoring import Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
 from asyppo_megatron.types import pack_trajectories
@@ -49,18 +51,6 @@ def build_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngin
     return EmbeddedEngine(model_dir or config.actor.model, dtype, device, config.rollout.max_batch)
 
 
-def build_problems(config: Config, tokenizer: Any, path: Path, limit: int | None = None) -> Problems:
-    """A dataset as the run tokenises it."""
-    return load_problems(
-        path,
-        tokenizer,
-        chat_template=config.data.chat_template,
-        system_prompt=config.data.system_prompt,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        limit=limit,
-    )
-
-
 class RolloutDriver:
     """What the driver does; a method a command. Every answer is a JSON object."""
 
@@ -71,14 +61,12 @@ class RolloutDriver:
             check_set_name(item.name)
         self._tokenizer = load_tokenizer(config.data.tokenizer or config.actor.model)
         self._stops = find_stop_tokens(self._tokenizer, config.actor.model, config.rollout.stop_token_ids)
-        self._problems = build_problems(config, self._tokenizer, config.data.train)
-        self._cursor = PromptCursor(self._problems, config.seed, config.data.shuffle)
-        self._eval_sets = {
-            item.name: build_problems(config, self._tokenizer, item.path, item.limit) for item in config.data.eval
-        }
-        verifier = build_verifier(config.reward)  # its processes import while the engine is built
+        self._problems = build_train_problems(config, self._tokenizer)
+        self._cursor = build_prompts(config, self._problems)
+        self._eval_sets = {item.name: build_eval_problems(config, self._tokenizer, item) for item in config.data.eval}
+        rewards = build_rewards(config, self._tokenizer)  # their processes import while the engine is built
         self._engine = build_engine(config)
-        self._scorer = Scorer(self._engine, self._tokenizer, verifier)
+        self._scorer = Scorer(self._engine, self._tokenizer, rewards)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate", initializer=limit_threads)
         self._step: int | None = None
         self._generation: Future[None] | None = None
@@ -87,8 +75,8 @@ class RolloutDriver:
         return {
             "pid": os.getpid(),
             "policy_version": self._engine.policy_version,
-            "num_problems": len(self._problems.items),
-            "num_skipped": self._problems.skipped,
+            "num_problems": sum(len(p.items) for p in self._problems.values()),
+            "num_skipped": sum(p.skipped for p in self._problems.values()),
             "stop_token_ids": list(self._stops),
             "rollout_state": self._cursor.state(),
         }
@@ -119,7 +107,7 @@ class RolloutDriver:
             )
         problems = self._cursor.take(self._config.rollout.prompts_per_step)
         self._step = step
-        self._generation = self._thread.submit(self._generate, step, problems, identity, self._cursor.state())
+        self._generation = self._thread.submit(self._generate, step, problems, identity)
         return {"replayed": False}
 
     def wait(self, step: int, timeout_s: float) -> dict[str, Any]:
@@ -157,7 +145,8 @@ class RolloutDriver:
         """All that a step's rollouts depend on, weights by version; equal identities mean equal rollouts."""
         settings = {
             "rollout": self._config.rollout.model_dump(mode="json", exclude={"max_batch", "timeout_s"}),
-            "reward": self._config.reward.model_dump(mode="json", exclude={"workers"}),
+            "rewards": [r.model_dump(mode="json", exclude={"workers"}) for r in self._config.all_rewards],
+            "data": self._config.data.model_dump(mode="json", include={"sources", "curriculum"}),
             "stops": self._stops,
             "shuffle": self._config.data.shuffle,
         }
@@ -186,19 +175,20 @@ class RolloutDriver:
         log.info("step %d: replayed from the journal", step)
         return True
 
-    def _generate(self, step: int, problems: list[Problem], identity: dict[str, Any], after: dict[str, Any]) -> None:
+    def _generate(self, step: int, problems: list[Problem], identity: dict[str, Any]) -> None:
         config = self._config.rollout
         requests = step_requests(problems, config, self._stops, seed=self._config.seed, step=step)
         group_size = config.responses_per_prompt
-        scores = self._scorer.run(requests, [problems[r.index // group_size].answer for r in requests])
+        scores = self._scorer.run(requests, [problems[r.index // group_size] for r in requests])
+        self._cursor.record(problems, *passes_and_tries(scores.responses, group_size))
         trajectories = step_trajectories(problems, scores.responses, group_size)
-        statistics = step_statistics(trajectories, scores)
+        statistics = step_statistics(trajectories, scores, problems) | self._cursor.statistics()
         journal.write_step(
             self._run_dir,
             pack_trajectories(trajectories, step),
             {
                 **identity,
-                "rollout_state_after": after,
+                "rollout_state_after": self._cursor.state(),
                 "statistics": statistics,
                 "memory_gb": peak_memory_gb(engine_device()),
             },

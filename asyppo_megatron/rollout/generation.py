@@ -9,6 +9,7 @@ from typing import Any
 from asyppo_megatron.config import RolloutConfig
 from asyppo_megatron.rollout.dataset import Problem
 from asyppo_megatron.rollout.engine import GenerationRequest
+from asyppo_megatron.rollout.reward_statistics import is_correct, reward_statistics
 from asyppo_megatron.rollout.scoring import Scored, ScoredResponses, stable_seed
 from asyppo_megatron.types import Trajectory
 
@@ -49,18 +50,27 @@ def step_trajectories(problems: Sequence[Problem], responses: Sequence[Scored], 
             policy_version=r.completion.policy_version,
             kept_mass=r.completion.kept_mass,
             reward_status=r.verdict.status,
+            token_rewards=r.verdict.token_rewards,
         )
         for i, r in enumerate(responses)
     ]
 
 
-def step_statistics(trajectories: Sequence[Trajectory], scores: ScoredResponses) -> dict[str, Any]:
-    """What the journal's manifest says about a step; lengths in tokens, times in seconds."""
+def step_statistics(
+    trajectories: Sequence[Trajectory], scores: ScoredResponses, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """What the journal's manifest says about a step; lengths in tokens, times in seconds.
+
+    Args:
+        trajectories: of the step.
+        scores: the responses they come from.
+        problems: by group.
+    """
     count = len(trajectories)
     lengths = [len(t.response_tokens) for t in trajectories]
     return {
         "reward": sum(t.reward for t in trajectories) / count,
-        "accuracy": sum(t.reward > 0.5 for t in trajectories) / count,
+        "accuracy": sum(map(is_correct, scores.responses)) / count,
         "response_length": sum(lengths) / count,
         "response_length_max": max(lengths),
         "prompt_length": sum(len(t.prompt_tokens) for t in trajectories) / count,
@@ -70,7 +80,7 @@ def step_statistics(trajectories: Sequence[Trajectory], scores: ScoredResponses)
         "generated_tokens": sum(lengths),
         "generate_seconds": scores.generate_s,
         "verify_seconds": scores.verify_s,
-    }
+    } | reward_statistics(scores.responses, [problems[t.group] for t in trajectories])
 
 
 def sample_rows(
