@@ -250,6 +250,9 @@ class PromptCursor:
     def statistics(self) -> dict[str, float]:
         return {}
 
+    def results(self) -> dict[str, Any]:
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {"consumed": self._consumed, "fingerprint": self._problems.fingerprint}
 

@@ -78,7 +78,7 @@ class RolloutDriver:
             "num_problems": sum(len(p.items) for p in self._problems.values()),
             "num_skipped": sum(p.skipped for p in self._problems.values()),
             "stop_token_ids": list(self._stops),
-            "rollout_state": self._cursor.state(),
+            "rollout_state": self._cursor.state() | self._cursor.results(),
         }
 
     def restore(self, rollout_state: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class RolloutDriver:
             "step": step,
             "policy_version": policy_version,
             "seed": self._config.seed,
-            "rollout_state_before": self._cursor.state(),
+            "rollout_state_before": self._cursor.state() | self._cursor.results(),
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
         }
 
@@ -188,7 +188,7 @@ class RolloutDriver:
             pack_trajectories(trajectories, step),
             {
                 **identity,
-                "rollout_state_after": self._cursor.state(),
+                "rollout_state_after": self._cursor.state() | self._cursor.results(),
                 "statistics": statistics,
                 "memory_gb": peak_memory_gb(engine_device()),
             },

@@ -65,14 +65,21 @@ class SourceCursor:
         return found
 
     def state(self) -> dict[str, Any]:
-        own = {"taken": self.taken, "passed_over": self.passed_over}
-        return self._cursor.state() | own | ({"pass_rates": self._rates.state()} if self._curriculum.enabled else {})
+        return self._cursor.state() | {"taken": self.taken, "passed_over": self.passed_over}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._cursor.restore(dict(state))
         self.taken, self.passed_over = int(state["taken"]), int(state["passed_over"])
-        if self._curriculum.enabled and "pass_rates" in state:
-            self._rates.restore(state["pass_rates"])
+
+    def pass_rates(self) -> str:
+        return self._rates.state()
+
+    def restore_pass_rates(self, state: str | None) -> None:
+        """None: nothing is known."""
+        if state is None:
+            self._rates = PassRates(len(self._problems.items), self._curriculum.memory)
+        else:
+            self._rates.restore(state)
 
 
 class PromptMixture:
@@ -86,6 +93,7 @@ class PromptMixture:
 
     def __init__(self, sources: Mapping[str, Problems], config: DataConfig, seed: int):
         self._weights = [s.weight for s in config.all_sources]
+        self._has_curriculum = config.curriculum.enabled
         self._cursors = {
             name: SourceCursor(problems, seed, config.shuffle, config.curriculum) for name, problems in sources.items()
         }
@@ -109,10 +117,18 @@ class PromptMixture:
         }
 
     def state(self) -> dict[str, Any]:
-        return {"sources": {name: cursor.state() for name, cursor in self._cursors.items()}}
+        """Where the walk is, small enough to keep for every prompt under way."""
+        states = {name: cursor.state() for name, cursor in self._cursors.items()}
+        return {"consumed": sum(c.taken for c in self._cursors.values()), "sources": states}
+
+    def results(self) -> dict[str, Any]:
+        """What was learned from results, the other half of the state; some kilobytes with a curriculum."""
+        if not self._has_curriculum:
+            return {}
+        return {"pass_rates": {name: cursor.pass_rates() for name, cursor in self._cursors.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
+        """Continue from a saved state (and the results, where it has them).
 
         Raises:
             ValueError: the state is of other sources or files.
@@ -125,3 +141,5 @@ class PromptMixture:
             )
         for name, cursor in self._cursors.items():
             cursor.restore(state["sources"][name])
+            if self._has_curriculum:
+                cursor.restore_pass_rates(state.get("pass_rates", {}).get(name))

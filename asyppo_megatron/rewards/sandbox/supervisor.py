@@ -176,9 +176,13 @@ def _visible(prefixes: list[str], executable: str) -> list[str]:
     paths = []
     for prefix in prefixes:
         paths += [prefix] if prefix not in ("/", "/usr", "/usr/local") else [f"{prefix.rstrip('/')}/lib"]
-    if not any(executable.startswith(p + "/") for p in paths):
-        paths.append(executable)
-    return paths
+    hop = executable
+    while True:  # every link on the way to the interpreter, and the interpreter
+        if not any(hop.startswith(p + "/") for p in paths):
+            paths.append(hop)
+        if not os.path.islink(hop):
+            return paths
+        hop = os.path.normpath(os.path.join(os.path.dirname(hop), os.readlink(hop)))
 
 
 def _read_until(fd: int, deadline: float) -> bytes:
