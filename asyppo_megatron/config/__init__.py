@@ -23,7 +23,7 @@ from asyppo_megatron.config.load import (
 )
 from asyppo_megatron.config.rewards import RewardConfig, RewardModelConfig, SandboxConfig
 from asyppo_megatron.config.roles import CriticConfig, LayoutConfig, OptimizerConfig, ReferenceConfig, RoleConfig
-from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig, WeightSyncConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "RewardModelConfig",
     "RoleConfig",
     "RolloutConfig",
+    "SGLangConfig",
     "SandboxConfig",
     "SourceConfig",
     "WeightSyncConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyppo_megatron.config.engines import engine_errors
 from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
@@ -17,6 +18,7 @@ def cross_checks(config: Config) -> list[str]:
     errors.extend(reward_errors(config))
     if config.rollout.top_p < 1 and config.rollout.top_k == 1:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")
+    errors.extend(engine_errors(config.rollout))
     names = [e.name for e in config.data.eval]
     if len(set(names)) != len(names):
         errors.append(f"data.eval: got names {names}, need distinct ones; rename one")

@@ -24,6 +24,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "## `ppo`": config.PPOConfig,
     "### `ppo.kl`": config.KLConfig,
     "## `rollout`": config.RolloutConfig,
+    "### `rollout.sglang`": config.SGLangConfig,
     "## `reward`": config.RewardConfig,
     "### `reward.sandbox`": config.SandboxConfig,
     "### `reward.model`": config.RewardModelConfig,

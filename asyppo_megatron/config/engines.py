@@ -1,0 +1,98 @@
+"""Checks of the engines' section."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig
+
+# Arguments of the server that follow from the configuration, and the key that decides each.
+DERIVED_ARGS = {
+    "--model-path": "actor.model",
+    "--model": "actor.model",
+    "--tp-size": "rollout.sglang.tp",
+    "--tensor-parallel-size": "rollout.sglang.tp",
+    "--tp": "rollout.sglang.tp",
+    "--dtype": "rollout.sglang.dtype",
+    "--mem-fraction-static": "rollout.sglang.mem_fraction",
+    "--context-length": "rollout.sglang.context_length",
+    "--max-total-tokens": "rollout.sglang.max_total_tokens",
+    "--attention-backend": "rollout.sglang.attention_backend",
+    "--max-running-requests": "rollout.sglang.max_concurrency",
+    "--enable-memory-saver": "rollout.sglang.placement",
+    "--random-seed": "seed",
+    "--host": "rollout.sglang.host",
+    "--port": "nothing: the agent chooses it",
+    "--nccl-port": "nothing: the agent chooses it",
+    "--device": "the machine",
+    "--base-gpu-id": "rollout.sglang.gpus",
+    "--dp-size": "rollout.sglang.num_engines",
+    "--data-parallel-size": "rollout.sglang.num_engines",
+    "--dp": "rollout.sglang.num_engines",
+}
+
+
+def engine_errors(rollout: RolloutConfig) -> list[str]:
+    """Everything that is wrong in `rollout.sglang` and between it and `rollout`."""
+    if rollout.engine != "sglang":
+        return []
+    engines = rollout.sglang
+    errors = _address_errors(engines)
+    if engines.gpus is not None:
+        need = engines.num_engines * engines.tp
+        if len(engines.gpus) != need or min(engines.gpus, default=0) < 0:
+            errors.append(
+                f"rollout.sglang.gpus: got {list(engines.gpus)}, need {need} numbers >= 0 "
+                f"(num_engines {engines.num_engines} x tp {engines.tp}); name each engine's GPUs"
+            )
+        for start in range(0, len(engines.gpus), engines.tp):
+            gpus = engines.gpus[start : start + engines.tp]
+            if len(set(gpus)) != len(gpus):
+                errors.append(f"rollout.sglang.gpus: got {list(gpus)} for one engine, need distinct GPUs")
+    need = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if engines.context_length is not None and engines.context_length < need:
+        errors.append(
+            f"rollout.sglang.context_length: got {engines.context_length}, need at least {need} "
+            "(rollout.max_prompt_tokens + max_response_tokens); raise it or leave it out"
+        )
+    length = engines.context_length or need
+    if engines.max_total_tokens is not None and engines.max_total_tokens < length:
+        errors.append(
+            f"rollout.sglang.max_total_tokens: got {engines.max_total_tokens}, need at least the {length} tokens of "
+            "one sequence; raise it or leave it out"
+        )
+    for argument in engines.extra_args:
+        name = argument.partition("=")[0]
+        if name in DERIVED_ARGS:
+            errors.append(f"rollout.sglang.extra_args: got {name}, which {DERIVED_ARGS[name]} decides; remove it")
+    return errors
+
+
+def _address_errors(engines: SGLangConfig) -> list[str]:
+    errors = []
+    if engines.urls and engines.agents:
+        errors.append("rollout.sglang: got urls and agents, need one of them; remove the other")
+    for url in engines.urls:
+        if not is_url(url):
+            errors.append(f"rollout.sglang.urls: got {url!r}, need http://host:port")
+    for agent in engines.agents:
+        if "://" in agent and not is_url(agent):
+            errors.append(f"rollout.sglang.agents: got {agent!r}, need http://host:port or a file that holds it")
+    for key, values in (("urls", engines.urls), ("agents", engines.agents)):
+        if len({v.rstrip("/") for v in values}) != len(values):
+            errors.append(f"rollout.sglang.{key}: got {list(values)}, need distinct ones; remove the double")
+    if engines.urls and engines.placement == "colocated":
+        errors.append(
+            "rollout.sglang.placement: got colocated with urls, need servers that an agent started with releasable "
+            "memory; use agents, or separate"
+        )
+    return errors
+
+
+def is_url(text: str) -> bool:
+    """Whether it is `http://host:port`."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == "http" and bool(parts.hostname) and parts.port is not None and parts.path in ("", "/")
+    except ValueError:  # a port that is none
+        return False
