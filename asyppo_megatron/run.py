@@ -88,7 +88,9 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
     return Run(
         config=config,
         world=world,
-        source=DriverSource(handle, config.run_dir, store, device, config.rollout.timeout_s),
+        source=DriverSource(
+            handle, config.run_dir, store, device, config.rollout.timeout_s, config.rollout.max_staleness
+        ),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
         weights_dir=Path(store.get("weights_dir").decode()),

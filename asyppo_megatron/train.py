@@ -18,7 +18,7 @@ from asyppo_megatron.observability.report import learning_curve
 from asyppo_megatron.parallel import exchange
 from asyppo_megatron.rollout.client import start_driver
 from asyppo_megatron.run import Run, build_run, export_models, release
-from asyppo_megatron.types import PackedBatch, Targets
+from asyppo_megatron.types import PackedBatch, RunError, Targets
 
 logger = logging.getLogger(__name__)
 _COMPUTE = ("actor_logprobs", "reference_logprobs", "critic_update", "critic_values", "actor_update")
@@ -78,6 +78,7 @@ def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: fl
     statistics = dict(manifest.get("statistics", {}))
     statuses = statistics.pop("reward_status", {})
     measured = torch.stack([v.double() for v in targets.metrics.values()]).tolist()  # one host read
+    check_mismatch(batch.step + 1, dict(zip(targets.metrics, measured, strict=True)), run.config)
     return (
         {"step": batch.step + 1}
         | statistics
@@ -87,6 +88,22 @@ def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: fl
         | {"cpu_seconds/ranks": cpu}
         | ({"memory/driver_gb": manifest["memory_gb"]} if "memory_gb" in manifest else {})
     )
+
+
+def check_mismatch(step: int, measured: dict[str, float], config: Config) -> None:
+    """Stop before weights that learned from it are used or saved, when engines and trainer disagree too much.
+
+    Raises:
+        RunError: on every rank.
+    """
+    limit, found = config.rollout.max_mismatch, measured.get("mismatch_mean", 0.0)
+    if limit is not None and found > limit:
+        raise RunError(
+            f"step {step}: engines and trainer disagree by {found:.4g} nats a token in the mean (largest "
+            f"{measured['mismatch_max']:.4g}, k3 KL {measured['mismatch_k3_kl']:.4g}), more than rollout.max_mismatch "
+            f"{limit:.4g}; stopped before these weights were used or saved. Look for engines with other weights, "
+            "another precision, or too stale rollouts; or raise the limit"
+        )
 
 
 def is_save_due(run: Run, step: int) -> bool:

@@ -35,9 +35,10 @@ class Trajectory:
         rollout_logprobs: f32 [R], nats, of the temperature-scaled softmax over the full vocabulary.
         reward: scalar outcome reward of the response; it goes to its last token.
         finish_reason: "stop" (a stop token was generated) or "length" (truncated).
-        policy_version: version of the weights that generated the response.
-        kept_mass: mean probability mass that top_k / top_p kept, 1.0 when both are off.
+        policy_version: version of the oldest weights that generated any of the response.
+        kept_mass: mean probability mass that top_k / top_p kept, 1.0 when both are off; NaN where it is not known.
         reward_status: "ok", or why the reward is a fallback 0 ("verifier_error", "verifier_timeout", ...).
+        version_spans: ((first token, version), ...) where several versions generated it; else ().
         token_rewards: f32 [R], reward of each response token beside `reward` (dense rewards), or None.
     """
 
@@ -52,6 +53,7 @@ class Trajectory:
     policy_version: int
     kept_mass: float = 1.0
     reward_status: str = "ok"
+    version_spans: tuple[tuple[int, int], ...] = ()
     token_rewards: np.ndarray | None = None
 
     @property
@@ -185,7 +187,9 @@ def pack_trajectories(trajectories: Sequence[Trajectory], step: int) -> dict[str
 
     Returns:
         tokens i32 [T], cu_seqlens i32 [N + 1], loss_mask bool [T], rollout_logprobs f32 [T], rewards f32 [N],
-        group_ids i64 [N], truncated bool [N], versions i64 [N]; token_rewards f32 [T] where any trajectory has them.
+        group_ids i64 [N], truncated bool [N], versions i64 [N] (of the oldest token), version_spans i64 [K, 3]: which
+        version generated what, a row (trajectory, first token of its response, version) for each stretch; and
+        token_rewards f32 [T] where any trajectory has them.
     """
     sizes = np.array([t.num_tokens for t in trajectories], dtype=np.int64)
     cu = np.zeros(len(trajectories) + 1, dtype=np.int64)
@@ -213,6 +217,14 @@ def pack_trajectories(trajectories: Sequence[Trajectory], step: int) -> dict[str
         "group_ids": np.array([t.group for t in trajectories], dtype=np.int64),
         "truncated": np.array([t.finish_reason == "length" for t in trajectories], dtype=bool),
         "versions": np.array([t.policy_version for t in trajectories], dtype=np.int64),
+        "version_spans": np.array(
+            [
+                (i, first, version)
+                for i, t in enumerate(trajectories)
+                for first, version in (t.version_spans or ((0, t.policy_version),))
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 3),
     }
     if any(t.token_rewards is not None for t in trajectories):
         arrays["token_rewards"] = _pack_token_rewards(trajectories, cu)

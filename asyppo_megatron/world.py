@@ -175,6 +175,8 @@ class World:
             k=ppo.advantage_mask_fraction,
             h=ppo.entropy_mask_fraction,
             whiten=ppo.whiten_advantages,
+            # Recomputing under newer weights than those that sampled would hide how stale the batch is.
+            old_from="rollout" if self.config.rollout.max_staleness else "recomputed",
             importance=ppo.importance,
             importance_cap=ppo.importance_cap,
             kl_coef=ppo.kl.coef if ppo.kl.where == "reward" else 0.0,

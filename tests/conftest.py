@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import importlib.util
+import json
 import platform
 import sys
 import time
@@ -45,13 +46,22 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def _no_sglang() -> str:
+    """Why SGLang is not there, as the set-up wrote it down."""
+    try:
+        why = json.loads((Path(sys.prefix) / "setup-stamp.json").read_text()).get("sglang_missing")
+    except (OSError, ValueError):  # not an environment of tools/setup_env.py
+        why = None
+    return f"SGLang not installed{f': {why}' if why else ''}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what this machine lacks are skipped, and say what it is."""
     missing = {}
     if _no_gpu:
         missing["gpu"] = _no_gpu
     if importlib.util.find_spec("sglang") is None:
-        missing["sglang"] = "SGLang not installed"
+        missing["sglang"] = _no_sglang()
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker) is not None:

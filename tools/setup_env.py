@@ -6,6 +6,9 @@ Two lanes, each with versions that are tested together (requirements/<lane>.txt)
     production  Python >= 3.12: the versions a GPU machine runs, next to SGLang
     light       Python 3.11: the newest that Megatron-Core offers there
 
+The production lane then gets SGLang's Python part (requirements/sglang_cpu.txt): enough for its server to run on a CPU,
+at a tenth of the size of the whole. Where that fails, set-up goes on without it and says so, in the tests' summary too.
+
 `best` (the default) is the production lane where its Python is found and the disk has room, else the light lane.
 `other` is the lane that `best` is not; where it cannot be set up, this exits 0 and says why on stderr.
 
@@ -32,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVS = ROOT / ".venv"
 EXTRAS = "test,wandb"
+SGLANG_IMPORTS = "sglang, torchvision, sglang.srt.server_args"
 IMPORTS = "torch, megatron.core, transformers, math_verify, matplotlib, pydantic, pytest"
 
 
@@ -67,6 +71,11 @@ class Lane:
     @property
     def requirements(self) -> Path:
         return ROOT / "requirements" / f"{self.name}.txt"
+
+    @property
+    def sglang_requirements(self) -> Path | None:
+        """What SGLang adds to the lane, None where the lane has no SGLang."""
+        return ROOT / "requirements" / "sglang_cpu.txt" if self.name == "production" else None
 
 
 PRODUCTION = Lane("production", (12, 13, 14), 9.0)
@@ -214,7 +223,8 @@ def choose_lane(request: str, pythons: list, ready: set, missing_gb: dict) -> Ch
 def wanted_key(lane: Lane) -> str:
     """Hash of everything that decides the lane's environment, its place on disk included (paths are baked in)."""
     digest = hashlib.sha256(f"{lane.name}\0{ROOT}\0{EXTRAS}\0".encode())
-    for path in (ROOT / "pyproject.toml", lane.requirements, Path(__file__).resolve()):
+    files = [ROOT / "pyproject.toml", lane.requirements, lane.sglang_requirements, Path(__file__).resolve()]
+    for path in filter(None, files):
         if not path.is_file():
             raise SetupError(f"{path}: not found; run this from a complete checkout")
         digest.update(path.read_bytes() + b"\0")
@@ -229,6 +239,14 @@ def read_stamp(env: Path) -> str | None:
     """Key of the last complete set-up, None when there is none or it cannot be read."""
     try:
         return json.loads(stamp_path(env).read_text())["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sglang_obstacle(env: Path) -> str | None:
+    """Why a complete set-up has no SGLang, None when it has it (or there is no set-up)."""
+    try:
+        return json.loads(stamp_path(env).read_text())["sglang_missing"] or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -361,9 +379,31 @@ def install(lane: Lane, python: Python | None, lock_fd: int) -> None:
     package = [*pip, "--no-build-isolation", "-e", f".[{EXTRAS}]"]
     run_logged(package, log, environ, lock_fd, f"installing the {lane.name} lane")
     run_logged([str(lane.python), "-c", f"import {IMPORTS}"], log, environ, lock_fd, "importing what was installed")
+    missing = install_sglang(lane, log, environ, lock_fd)
     shutil.rmtree(environ["TMPDIR"], ignore_errors=True)
-    write_stamp(lane.env, key, lane=lane.name, python=".".join(map(str, env_version(lane) or ())))
-    say(f"{lane.name} lane ready in {time.monotonic() - started:.0f} s")
+    python_version = ".".join(map(str, env_version(lane) or ()))
+    write_stamp(lane.env, key, lane=lane.name, python=python_version, sglang_missing=missing)
+    say(f"{lane.name} lane ready in {time.monotonic() - started:.0f} s" + (", without SGLang" if missing else ""))
+
+
+def install_sglang(lane: Lane, log: Path, environ: dict, lock_fd: int) -> str:
+    """Add SGLang to a lane that is otherwise complete; returns why it is not there, "" when it is.
+
+    Every distribution is named with its version and installed without what it declares: SGLang's own list is 200
+    packages, most of them kernels for GPUs. A half-installed SGLang is removed, so that whoever finds it can use it.
+    """
+    if lane.sglang_requirements is None:
+        return f"the {lane.name} lane has none"
+    pip = [str(lane.python), "-m", "pip"]
+    try:
+        command = [*pip, "install", "--no-deps", "-r", str(lane.sglang_requirements)]
+        run_logged(command, log, environ, lock_fd, "installing SGLang")
+        run_logged([str(lane.python), "-c", f"import {SGLANG_IMPORTS}"], log, environ, lock_fd, "importing SGLang")
+    except SetupError as error:
+        say(f"{error}\nGoing on without SGLang; `{sys.executable} {__file__}` tries it again.")
+        run_logged([*pip, "uninstall", "-y", "sglang"], log, environ, lock_fd, "removing the unusable SGLang")
+        return f"{str(error).splitlines()[0].partition(';')[0]}, log: {log}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -379,17 +419,26 @@ def locked():
         yield lock.fileno()
 
 
-def ensure(request: str) -> Lane:
-    """Choose the lane, install what is missing, return it."""
-    if request == "best" and is_ready(LANES[0]):
+def is_settled(lane: Lane, retry: bool) -> bool:
+    """Complete; with `retry` only if SGLang is not missing for a reason that may have passed."""
+    return is_ready(lane) and not (retry and lane.sglang_requirements and sglang_obstacle(lane.env))
+
+
+def ensure(request: str, retry: bool = False) -> Lane:
+    """Choose the lane, install what is missing, return it.
+
+    Args:
+        retry: whether to try again for an SGLang that could not be installed the last time.
+    """
+    if request == "best" and is_settled(LANES[0], retry):
         return LANES[0]  # the usual case, without a search
     with locked() as lock_fd:
         ready = {lane.name for lane in LANES if is_ready(lane)}
         missing_gb = {lane.name: 0.0 if lane.name in ready else disk_missing_gb(lane) for lane in LANES}
         pythons = [] if len(ready) == len(LANES) else find_pythons()
         choice = choose_lane(request, pythons, ready, missing_gb)
-        if choice.lane.name not in ready:
-            say(f"{choice.lane.name} lane on {choice.python}: {choice.reason}")
+        if not is_settled(choice.lane, retry):
+            say(f"{choice.lane.name} lane on {choice.python or choice.lane.python}: {choice.reason}")
             install(choice.lane, choice.python, lock_fd)
         return choice.lane
 
@@ -400,7 +449,8 @@ def main() -> int:
     parser.add_argument("--print-python", action="store_true", help="print the path of the environment's Python")
     arguments = parser.parse_args()
     try:
-        lane = ensure(arguments.lane)
+        # `make setup` tries a missing SGLang again; whoever only wants the Python is not kept waiting for it each time.
+        lane = ensure(arguments.lane, retry=not arguments.print_python)
     except NoLaneError as error:
         say(str(error))
         return 0 if arguments.lane == "other" else 1

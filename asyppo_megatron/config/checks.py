@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyppo_megatron.config.engines import engine_errors
+from asyppo_megatron.config.engines import engine_errors, staleness_errors
 from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
@@ -19,6 +19,7 @@ def cross_checks(config: Config) -> list[str]:
     if config.rollout.top_p < 1 and config.rollout.top_k == 1:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")
     errors.extend(engine_errors(config.rollout))
+    errors.extend(staleness_errors(config))
     names = [e.name for e in config.data.eval]
     if len(set(names)) != len(names):
         errors.append(f"data.eval: got names {names}, need distinct ones; rename one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig
+from asyppo_megatron.config.run import Config
 
 # Arguments of the server that follow from the configuration, and the key that decides each.
 DERIVED_ARGS = {
@@ -30,6 +31,30 @@ DERIVED_ARGS = {
     "--data-parallel-size": "rollout.sglang.num_engines",
     "--dp": "rollout.sglang.num_engines",
 }
+
+
+def staleness_errors(config: Config) -> list[str]:
+    """What asynchronous rollouts need."""
+    rollout, errors = config.rollout, []
+    stale = rollout.max_staleness
+    if rollout.partial and not stale:
+        errors.append("rollout.partial: got true with max_staleness 0, need >= 1: what is carried over is stale")
+    if rollout.on_update == "requeue" and rollout.engine == "embedded":
+        errors.append("rollout.on_update: got requeue with engine embedded, which can only carry; use sglang or carry")
+    if not stale:
+        return errors
+    if config.ppo.importance != "none":
+        errors.append(
+            f"ppo.importance: got {config.ppo.importance} with rollout.max_staleness {stale}, need none: old logprobs "
+            "are the engine's then, so the policy's ratio carries the mismatch already"
+        )
+    shares = rollout.engine == "sglang" and rollout.sglang.placement == "colocated"
+    if shares and not rollout.partial:
+        errors.append(
+            f"rollout.max_staleness: got {stale} with rollout.sglang.placement colocated, need engines on devices "
+            "without a training role; set placement separate, or rollout.partial, which rests while the ranks train"
+        )
+    return errors
 
 
 def engine_errors(rollout: RolloutConfig) -> list[str]:

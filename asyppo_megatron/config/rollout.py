@@ -27,6 +27,9 @@ class SGLangConfig(Section):
     extra_args: tuple[str, ...] = ()  # of `python -m sglang.launch_server`
     max_concurrency: int = Field(256, ge=1)  # requests in flight, an engine
     request_timeout_s: float = Field(3600.0, gt=0)  # one generation
+    max_attempts: int = Field(5, ge=1)  # at one response, before the run stops
+    patience_s: float = Field(900.0, gt=0)  # without any usable engine, before the run stops
+    kept_mass_every: int = Field(32, ge=0)  # responses between two whose kept mass is measured; 0: none
     start_timeout_s: float = Field(900.0, gt=0)
     health_interval_s: float = Field(10.0, gt=0)
     health_timeout_s: float = Field(60.0, gt=0)  # without an answer for so long an engine is hung
@@ -51,6 +54,12 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's and the model's end-of-sequence tokens
     max_batch: int = Field(256, ge=1)  # embedded engine: sequences generated at once
     timeout_s: float = Field(3600.0, gt=0)  # longest wait for one batch
+    max_staleness: int = Field(
+        0, ge=0
+    )  # updates between the weights that sampled a token and the step that trains on it
+    on_update: Literal["carry", "requeue"] = "carry"  # responses under way when new weights come
+    partial: bool = False  # generation rests while the ranks train
+    max_mismatch: float | None = Field(None, gt=0)  # mean |logprob difference| of a step, nats
 
 
 class WeightSyncConfig(Section):

@@ -12,6 +12,7 @@ from asyppo_megatron.types import PackedBatch, Scores, Targets
 
 ADVANTAGES = ("gae", *GROUP_ADVANTAGES)
 IMPORTANCES = ("none", "truncated", "masked")
+OLD_LOGPROBS = ("recomputed", "rollout")
 
 # Elements of a tensor that one step of the checksum widens to int64: a core's cache holds them.
 _CHECKSUM_CHUNK = 1 << 18
@@ -31,6 +32,7 @@ def compute_targets(
     k: float = 0.0,
     h: float = 0.0,
     whiten: bool = False,
+    old_from: str = "recomputed",
     importance: str = "none",
     importance_cap: float = 2.0,
     kl_coef: float = 0.0,
@@ -49,6 +51,8 @@ def compute_targets(
         k: fraction of tokens whose advantage is masked; needs critics.
         h: fraction of tokens whose entropy bonus is masked; needs critics.
         whiten: shift and scale the advantages to mean 0 and deviation 1 over all trainable tokens.
+        old_from: whose logprobs the policy's ratio starts from: "recomputed" (`scores.old_logprobs`), or "rollout" (the
+            batch's, of the weights that sampled: then the ratio carries the mismatch, and no weight is applied).
         importance: weight on A for the mismatch of engine and trainer, w = exp(old - rollout logprob):
             "none", "truncated" (min(w, cap), TIS) or "masked" (w where w <= cap, else 0, MIS).
         importance_cap: cap of w.
@@ -62,7 +66,9 @@ def compute_targets(
     if advantage not in ADVANTAGES:
         raise ValueError(f"advantage: got {advantage!r}, need one of {', '.join(ADVANTAGES)}")
     mask = batch.loss_mask
-    old = zero_outside(scores.old_logprobs, mask)
+    recomputed = zero_outside(scores.old_logprobs, mask)
+    rollout = zero_outside(batch.rollout_logprobs, mask, recomputed.dtype)
+    old = _old_logprobs(recomputed, rollout, old_from, importance)
     reference = None if scores.reference_logprobs is None else zero_outside(scores.reference_logprobs, mask)
     rewards = _token_rewards(batch, old, reference, kl_coef, kl_kind)
     if advantage == "gae":
@@ -72,7 +78,7 @@ def compute_targets(
     if whiten:
         advantages = whitened(advantages, mask)
     # Held within the bound of the losses' ratios, so that one broken score cannot make every metric infinite.
-    mismatch = (old - zero_outside(batch.rollout_logprobs, mask, old.dtype)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    mismatch = (recomputed - rollout).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = _weighted(advantages, mismatch, importance, importance_cap)
     std, advantage_mask, entropy_mask = _agreement(scores.values, mask, k, h)
     metrics = _batch_metrics(std, advantages, returns, mask, advantage_mask, entropy_mask)
@@ -93,6 +99,17 @@ def batch_rewards(batch: PackedBatch) -> torch.Tensor:
     if batch.token_rewards is None:
         return rewards
     return rewards + zero_outside(batch.token_rewards, batch.loss_mask, rewards.dtype)
+
+
+def _old_logprobs(recomputed: torch.Tensor, rollout: torch.Tensor, source: str, importance: str) -> torch.Tensor:
+    """The logprobs that the policy's ratio starts from, [T]."""
+    if source not in OLD_LOGPROBS:
+        raise ValueError(f"old_from: got {source!r}, need one of {', '.join(OLD_LOGPROBS)}")
+    if source == "recomputed":
+        return recomputed
+    if importance != "none":
+        raise ValueError(f"importance: got {importance!r} with old_from rollout, whose ratio carries it; need none")
+    return rollout
 
 
 def _token_rewards(

@@ -6,29 +6,38 @@ evaluation, in the order asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from asyppo_megatron.backend import peak_memory_gb
-from asyppo_megatron.config import Config
+from asyppo_megatron.config import Config, RolloutConfig
+from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards import build_rewards
 from asyppo_megatron.rollout import journal
-from asyppo_megatron.rollout.dataset import Problem
+from asyppo_megatron.rollout.buffer import Group, GroupBuffer
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
+from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
-from asyppo_megatron.rollout.generation import sample_rows, step_requests, step_statistics, step_trajectories
+from asyppo_megatron.rollout.generation import (
+    group_requests,
+    sample_rows,
+    staleness_statistics,
+    step_statistics,
+    step_trajectories,
+)
 from asyppo_megatron.rollout.problems import build_eval_problems, build_prompts, build_train_problems
+from asyppo_megatron.rollout.replay import StepIdentity
 from asyppo_megatron.rollout.reward_statistics import passes_and_tries
-from asyppo_megatron.rollout.scoring import Scorer
+from asyppo_megatron.rollout.scoring import ScoredResponses, Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
 from asyppo_megatron.types import pack_trajectories
 
@@ -40,19 +49,31 @@ def engine_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
-    """The engine that `rollout.engine` names, in the actor's precision, without weights yet.
+def build_engine(config: Config) -> Engine:
+    """The engine that `rollout.engine` names, without weights yet."""
+    if config.rollout.engine == "embedded":
+        return build_embedded_engine(config)
+    from asyppo_megatron.rollout.sglang import SGLangEngine  # aiohttp comes with SGLang, which not every machine has
+
+    return SGLangEngine(config.rollout, ModelSpec.from_hf(config.actor.model).vocab_size)
+
+
+def build_embedded_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
+    """An engine in this process, in the actor's precision.
 
     Args:
         model_dir: whose architecture it has; `actor.model` by default.
     """
-    device = engine_device()
     dtype = torch.bfloat16 if config.actor.precision == "bf16" else torch.float32
-    return EmbeddedEngine(model_dir or config.actor.model, dtype, device, config.rollout.max_batch)
+    return EmbeddedEngine(model_dir or config.actor.model, dtype, engine_device(), config.rollout.max_batch)
 
 
 class RolloutDriver:
-    """What the driver does; a method a command. Every answer is a JSON object."""
+    """What the driver does; a method a command. Every answer is a JSON object.
+
+    Commands come from one thread; each generation ("wave") runs in another, and so do evaluations. What both touch
+    is guarded by one lock.
+    """
 
     def __init__(self, config: Config, run_dir: Path):
         self._config, self._run_dir = config, run_dir
@@ -67,9 +88,18 @@ class RolloutDriver:
         rewards = build_rewards(config, self._tokenizer)  # their processes import while the engine is built
         self._engine = build_engine(config)
         self._scorer = Scorer(self._engine, self._tokenizer, rewards)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate", initializer=limit_threads)
-        self._step: int | None = None
-        self._generation: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(
+            _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
+        )
+        self._identity = StepIdentity(config, self._stops)
+        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness)
+        self._changed = threading.Condition(threading.RLock())
+        self._wanted: int | None = None  # the step that was started last
+        self._next: int | None = None  # the step whose batch leaves the buffer next; None: the one that is started
+        self._state = self._cursor.state() | self._cursor.results()  # of the dataset, after the last batch that left
+        self._waves = 0  # under way
+        self._wave_count = 0
+        self._failure: str | None = None
 
     def hello(self) -> dict[str, Any]:
         return {
@@ -78,123 +108,178 @@ class RolloutDriver:
             "num_problems": sum(len(p.items) for p in self._problems.values()),
             "num_skipped": sum(p.skipped for p in self._problems.values()),
             "stop_token_ids": list(self._stops),
-            "rollout_state": self._cursor.state() | self._cursor.results(),
+            "rollout_state": self._state,
         }
 
     def restore(self, rollout_state: dict[str, Any]) -> dict[str, Any]:
         """Continue the dataset where a checkpoint left it."""
-        self._require_idle("restore")
-        self._cursor.restore(rollout_state)
+        with self._changed:
+            self._require_idle("restore")
+            self._cursor.restore(rollout_state)
+            self._buffer.clear()
+            self._state, self._next = self._cursor.state() | self._cursor.results(), None
         return {}
 
     def load_weights(self, path: str, policy_version: int) -> dict[str, Any]:
-        self._require_idle("load_weights")
+        """New weights; responses under way in asynchronous mode go on with them."""
+        if not self._config.rollout.max_staleness:
+            self._require_idle("load_weights")
         start = time.monotonic()
         self._engine.load_weights(Path(path), policy_version)
         return {"seconds": time.monotonic() - start}
 
+    def pause(self) -> dict[str, Any]:
+        """Stop generating where it is, for whoever changes the engines' weights or memory by another way."""
+        self._engine.pause()
+        return {}
+
+    def resume(self) -> dict[str, Any]:
+        self._engine.resume()
+        return {}
+
     def start(self, step: int, policy_version: int) -> dict[str, Any]:
-        """Begin a step's rollouts and return at once; a journalled step of the same identity is taken as it is."""
-        self._require_idle("start")
-        identity = self._identity(step, policy_version)
-        if self._replays(step, identity):
-            self._step, self._generation = step, None
-            return {"replayed": True}
-        if self._engine.policy_version != policy_version:
-            raise ValueError(
-                f"start of step {step}: got policy_version {policy_version}, but the engine has "
-                f"{self._engine.policy_version}; load these weights first"
-            )
-        problems = self._cursor.take(self._config.rollout.prompts_per_step)
-        self._step = step
-        self._generation = self._thread.submit(self._generate, step, problems, identity)
-        return {"replayed": False}
+        """Have the batch of a step generated, and those that may run ahead of it; returns at once.
+
+        Journalled steps of the same identity are taken as they are.
+        """
+        with self._changed:
+            if not self._config.rollout.max_staleness:
+                self._require_idle("start")
+            if not self._waves:  # what failed before is tried again
+                self._failure = None
+            if self._next is None or not self._config.rollout.max_staleness:
+                self._next = step
+            self._replay(step, policy_version)
+            if self._buffer.missing(self._next, step) and self._engine.policy_version != policy_version:
+                raise ValueError(
+                    f"start of step {step}: got policy_version {policy_version}, but the engine has "
+                    f"{self._engine.policy_version}; load these weights first"
+                )
+            self._wanted = step
+            self._engine.resume()
+            self._fill()
+            return {"replayed": self._next > step}
 
     def wait(self, step: int, timeout_s: float) -> dict[str, Any]:
         """Whether the step is in the journal, after at most `timeout_s`; with `error` when it never will be."""
-        if step != self._step:
-            raise ValueError(f"wait: got step {step}, but step {self._step} was started")
-        if self._generation is None:
-            return {"ready": True}
-        try:
-            error = self._generation.exception(timeout_s)
-        except FutureTimeoutError:
+        with self._changed:
+            if step != self._wanted or self._next is None:
+                raise ValueError(f"wait: got step {step}, but step {self._wanted} was started")
+            self._changed.wait_for(lambda: self._next > step or self._failure is not None, timeout_s)
+            if self._next > step:
+                return {"ready": True}
+            if self._failure is not None:
+                return {"ready": False, "error": f"rollouts of step {step}: {self._failure}"}
             return {"ready": False}
-        if error is not None:
-            return {"ready": False, "error": f"rollouts of step {step}: {describe_error(error)}"}
-        return {"ready": True}
 
     def evaluate(self, step: int, sets: list[str] | None = None) -> dict[str, Any]:
-        """Evaluate the loaded weights, after the generation under way if there is one."""
+        """Evaluate the loaded weights; with the embedded engine after the generation under way."""
         names = list(self._eval_sets) if sets is None else sets
         unknown = [n for n in names if n not in self._eval_sets]
         if unknown:
             raise ValueError(f"evaluate: got sets {unknown}, need some of {list(self._eval_sets)}")
-        results = [self._thread.submit(self._evaluate, step, name).result() for name in names]
+        self._engine.resume()
+        results = [self._threads.submit(self._evaluate, step, name).result() for name in names]
         return {"results": [r.summary() for r in results]}
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._scorer.close()
 
     def _require_idle(self, command: str) -> None:
-        if self._generation is not None and not self._generation.done():
-            raise RuntimeError(f"{command}: rollouts of step {self._step} are under way; wait for them first")
+        if self._waves:
+            raise RuntimeError(f"{command}: rollouts of step {self._wanted} are under way; wait for them first")
 
-    def _identity(self, step: int, policy_version: int) -> dict[str, Any]:
-        """All that a step's rollouts depend on, weights by version; equal identities mean equal rollouts."""
-        settings = {
-            "rollout": self._config.rollout.model_dump(mode="json", exclude={"max_batch", "timeout_s"}),
-            "rewards": [r.model_dump(mode="json", exclude={"workers"}) for r in self._config.all_rewards],
-            "data": self._config.data.model_dump(mode="json", include={"sources", "curriculum"}),
-            "stops": self._stops,
-            "shuffle": self._config.data.shuffle,
-        }
-        return {
-            "step": step,
-            "policy_version": policy_version,
-            "seed": self._config.seed,
-            "rollout_state_before": self._cursor.state() | self._cursor.results(),
-            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
-        }
+    # --- the line of prompts; under the lock
 
-    def _replays(self, step: int, identity: dict[str, Any]) -> bool:
-        """Take a complete step from the journal when it is the one asked for."""
-        try:
-            _, manifest = journal.load_step(self._run_dir, step)
-        except FileNotFoundError:
-            return False
-        except ValueError as e:
-            log.warning("step %d: %s; generating it again", step, e)
-            return False
-        other = [key for key, value in identity.items() if manifest.get(key) != value]
-        if other:
-            log.info("step %d: the journal has one of another %s; generating it again", step, ", ".join(other))
-            return False
-        self._cursor.restore(manifest["rollout_state_after"])
-        log.info("step %d: replayed from the journal", step)
-        return True
+    def _replay(self, wanted: int, policy_version: int) -> None:
+        """Take complete steps from the journal, as long as nothing is in line before them."""
+        assert self._next is not None
+        while self._next <= wanted + self._config.rollout.max_staleness and not len(self._buffer):
+            manifest = self._identity.find(self._run_dir, self._next, policy_version, self._state)
+            if manifest is None:
+                return
+            self._state = manifest["rollout_state_after"]
+            self._cursor.restore(self._state)
+            self._next += 1
 
-    def _generate(self, step: int, problems: list[Problem], identity: dict[str, Any]) -> None:
+    def _fill(self) -> None:
+        """Begin to generate as many groups as the bound on staleness allows, a batch at a time."""
+        assert self._wanted is not None and self._next is not None
+        size = self._config.rollout.prompts_per_step
+        missing = self._buffer.missing(self._next, self._wanted)
+        while missing:
+            groups = [self._take_group() for _ in range(min(missing, size))]
+            missing -= len(groups)
+            self._buffer.add(groups)
+            self._waves += 1
+            self._wave_count += 1
+            self._threads.submit(self._generate, self._wave_count, groups)
+
+    def _take_group(self) -> Group:
+        position = self._cursor.state()["consumed"]
+        (problem,) = self._cursor.take(1)
+        return Group(position, problem, self._cursor.state())
+
+    def _accept(self, groups: Sequence[Group], scores: ScoredResponses, wave: int) -> None:
+        """The one place where finished groups enter the line of batches."""
+        size = self._config.rollout.responses_per_prompt
+        for number, group in enumerate(groups):
+            group.wave, group.generate_s, group.verify_s = wave, scores.generate_s, scores.verify_s
+            group.responses = scores.responses[number * size : (number + 1) * size]
+
+    def _journal_batches(self) -> None:
+        """Write every batch that is complete."""
+        while (line := self._buffer.take_batch()) is not None:
+            step, groups = self._next, [g for g in line if g.kept]
+            trajectories = step_trajectories(groups)
+            # Refused groups too: what is known of a problem does not depend on whether it is trained on.
+            self._cursor.record([g.problem for g in line], *passes_and_tries([g.responses for g in line]))
+            statistics = step_statistics(trajectories, groups) | self._engine.statistics() | self._cursor.statistics()
+            if self._config.rollout.max_staleness:
+                statistics |= staleness_statistics(trajectories, step)
+            after = line[-1].state_after | self._cursor.results()
+            journal.write_step(
+                self._run_dir,
+                pack_trajectories(trajectories, step),
+                {
+                    **self._identity.of(step, min(t.policy_version for t in trajectories), self._state),
+                    "rollout_state_after": after,
+                    "statistics": statistics,
+                    "memory_gb": peak_memory_gb(engine_device()),
+                    "problems": [g.problem.id for g in groups],
+                },
+                sample_rows(groups, trajectories, journal.SAMPLES_SHOWN),
+            )
+            log.info("step %d: %s", step, json.dumps(statistics))
+            self._state = after
+            self._next += 1
+            if self._config.rollout.partial and step == self._wanted:
+                self._engine.pause()  # before the ranks hear of the batch, and use the device
+
+    # --- in threads of their own
+
+    def _generate(self, wave: int, groups: list[Group]) -> None:
+        """Generate and score groups, then see which batches they complete."""
         config = self._config.rollout
-        requests = step_requests(problems, config, self._stops, seed=self._config.seed, step=step)
-        group_size = config.responses_per_prompt
-        scores = self._scorer.run(requests, [problems[r.index // group_size] for r in requests])
-        self._cursor.record(problems, *passes_and_tries(scores.responses, group_size))
-        trajectories = step_trajectories(problems, scores.responses, group_size)
-        statistics = step_statistics(trajectories, scores, problems) | self._cursor.statistics()
-        journal.write_step(
-            self._run_dir,
-            pack_trajectories(trajectories, step),
-            {
-                **identity,
-                "rollout_state_after": self._cursor.state() | self._cursor.results(),
-                "statistics": statistics,
-                "memory_gb": peak_memory_gb(engine_device()),
-            },
-            sample_rows(problems, trajectories, scores.responses, journal.SAMPLES_SHOWN),
-        )
-        log.info("step %d: %s", step, json.dumps(statistics))
+        size = config.responses_per_prompt
+        try:
+            requests = group_requests(groups, config, self._stops, seed=self._config.seed)
+            scores = self._scorer.run(requests, [groups[r.index // size].problem for r in requests])
+            with self._changed:
+                self._accept(groups, scores, wave)
+                self._journal_batches()
+                self._waves -= 1
+                self._fill()  # where groups were refused
+                self._changed.notify_all()
+        except Exception as e:  # whatever it is, the trainer must hear of it
+            log.exception("rollouts of step %d failed", self._next)
+            with self._changed:
+                self._waves -= 1
+                self._buffer.clear()
+                self._cursor.restore(self._state)
+                self._failure = describe_error(e)
+                self._changed.notify_all()
 
     def _evaluate(self, step: int, name: str) -> EvalResult:
         result = evaluate_set(
@@ -209,6 +294,11 @@ class RolloutDriver:
         write_rows(self._run_dir / "eval" / f"step-{step:06d}", result)
         log.info("evaluation at step %d: %s", step, json.dumps(result.summary()))
         return result
+
+
+def _wave_threads(config: RolloutConfig) -> int:
+    """The embedded engine does one thing after another; servers take all batches under way, and an evaluation."""
+    return 1 if config.engine == "embedded" else config.max_staleness + 3
 
 
 def describe_error(error: BaseException) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from asyppo_megatron.rollout.engine import Completion, GenerationRequest, read_weights_manifest
+from asyppo_megatron.rollout.gate import Gate
 from asyppo_megatron.rollout.sampling import request_uniforms, sample
 
 CHECK_EVERY = 4  # tokens between looks at which rows are done; each look waits for the device
@@ -30,6 +32,8 @@ class _Rows:
         uniforms: f64 [B, L], one a generated token.
         prompt_lengths, limits: i64 [B], tokens.
         tokens, logprobs, kept: i32, f32, f32 [B, L], what was generated.
+        first_version: of the weights that read the prompts.
+        switches: (token, version) of every later change of weights; all rows are at the same token.
         lengths: i64 [B], tokens generated.
         done: bool [B].
     """
@@ -45,6 +49,18 @@ class _Rows:
     kept: torch.Tensor
     lengths: torch.Tensor
     done: torch.Tensor
+    first_version: int
+    switches: list[tuple[int, int]] = field(default_factory=list)
+
+    def note_version(self, token: int, version: int) -> None:
+        """Token number `token` of every row will come from weights of this version."""
+        if version != (self.switches[-1][1] if self.switches else self.first_version):
+            self.switches.append((token, version))
+
+    def spans(self, length: int) -> tuple[tuple[int, int], ...]:
+        """Stretches of equal version of a response of that length; () where there is one."""
+        switches = [(token, version) for token, version in self.switches if token < length]
+        return ((0, self.first_version), *switches) if switches else ()
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these (i64)."""
@@ -57,6 +73,9 @@ class _Rows:
 
 class EmbeddedEngine:
     """Batched generation with a key-value cache.
+
+    New weights may come between two tokens: the responses under way go on with them and the keys and values that
+    the old ones left.
 
     A response depends on its request and the weights alone, not on the batch it happened to be in (but for the
     rounding of floating-point sums): its random numbers come from its own seed.
@@ -71,10 +90,26 @@ class EmbeddedEngine:
         self._model = model.eval().requires_grad_(False)
         self._config = config.get_text_config(decoder=True)
         self._version: int | None = None
+        self._gate = Gate()
+        self._one = threading.Lock()  # one generation at a time
+        self._is_paused = False
 
     @property
     def policy_version(self) -> int | None:
         return self._version
+
+    def pause(self) -> None:
+        if not self._is_paused:
+            self._gate.hold()
+            self._is_paused = True
+
+    def resume(self) -> None:
+        if self._is_paused:
+            self._gate.release()
+            self._is_paused = False
+
+    def statistics(self) -> dict[str, float]:
+        return {}
 
     def load_pretrained(self, policy_version: int = 0) -> None:
         """Take the weights that lie beside the config, which need no manifest."""
@@ -95,12 +130,16 @@ class EmbeddedEngine:
     def _copy_weights(self, files: Sequence[Path], policy_version: int) -> None:
         targets = self._model.state_dict()
         self._check_weights(files, targets)
-        self._version = None  # a failure between two tensors leaves no usable weights
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                    targets[name].copy_(tensors.get_tensor(name))
-        self._version = policy_version
+        self._gate.hold()
+        try:
+            self._version = None  # a failure between two tensors leaves no usable weights
+            for file in files:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                        targets[name].copy_(tensors.get_tensor(name))
+            self._version = policy_version
+        finally:
+            self._gate.release()
 
     def _check_weights(self, files: Sequence[Path], targets: dict[str, torch.Tensor]) -> None:
         errors: list[str] = []
@@ -127,8 +166,9 @@ class EmbeddedEngine:
         if self._version is None:
             raise RuntimeError("embedded engine: got a request before any weights; call load_weights first")
         self._check_requests(requests)
-        for rows in _batches(requests, self._max_batch):
-            yield from self._generate_batch(rows)
+        with self._one:
+            for rows in _batches(requests, self._max_batch):
+                yield from self._generate_batch(rows)
 
     def close(self) -> None:
         self._model = None
@@ -153,12 +193,14 @@ class EmbeddedEngine:
         first = requests[0]
         stops = torch.tensor(first.stop_token_ids, dtype=torch.long, device=self._device)
         rows, logits = self._prefill(requests)
+        version = rows.first_version
         slots = rows.mask.size(1) - rows.tokens.size(1)
         for t in range(rows.tokens.size(1)):
             token, logprob, kept = sample(logits, rows.uniforms[:, t], first.temperature, first.top_p, first.top_k)
             rows.tokens[:, t], rows.logprobs[:, t] = token, logprob
             if kept is not None:
                 rows.kept[:, t] = kept
+            rows.note_version(t, version)
             rows.lengths += ~rows.done
             rows.done |= torch.isin(token, stops) | (rows.limits == t + 1)
             if (t + 1) % CHECK_EVERY == 0 or t + 1 == rows.tokens.size(1):
@@ -170,24 +212,32 @@ class EmbeddedEngine:
                     active = (~done).nonzero()[:, 0].to(self._device)
                     rows.keep(active)
                     token = token[active]
-            logits = self._forward(
+            logits, version = self._forward(
                 token[:, None],
                 rows.mask[:, None, None, : slots + t + 1],
                 rows.prompt_lengths[:, None] + t,
                 rows.cache,
             )
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Logits of the last slot, [B, V]; mask bool [B, 1, queries, keys]."""
-        out = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, int]:
+        """Logits of the last slot, [B, V], and the version of the weights; mask bool [B, 1, queries, keys]."""
+        self._gate.enter()
+        try:
+            if self._version is None:
+                raise RuntimeError("embedded engine: new weights could not be taken in whole; push them again")
+            out = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            return out.logits[:, -1], self._version
+        finally:
+            self._gate.leave()
 
     def _prefill(self, requests: list[GenerationRequest]) -> tuple[_Rows, torch.Tensor]:
         """Run each distinct prompt once, then give every row its copy of the cache."""
@@ -207,12 +257,12 @@ class EmbeddedEngine:
         mask = (causal & seen[:, None, None, :]) | eye
         positions = (seen.long().cumsum(1) - 1).clamp_(min=0)
         cache = DynamicCache(config=self._model.config)
-        logits = self._forward(torch.from_numpy(ids).to(self._device), mask, positions, cache)
+        logits, version = self._forward(torch.from_numpy(ids).to(self._device), mask, positions, cache)
         chosen = torch.tensor(prompt_of, device=self._device)
         cache.batch_select_indices(chosen)
-        return self._rows(requests, cache, seen[chosen]), logits[chosen]
+        return self._rows(requests, cache, seen[chosen], version), logits[chosen]
 
-    def _rows(self, requests: list[GenerationRequest], cache: Any, seen: torch.Tensor) -> _Rows:
+    def _rows(self, requests: list[GenerationRequest], cache: Any, seen: torch.Tensor, version: int) -> _Rows:
         count, longest, device = len(requests), max(r.max_new_tokens for r in requests), self._device
         uniforms = np.zeros((count, longest))
         for i, r in enumerate(requests):
@@ -230,6 +280,7 @@ class EmbeddedEngine:
             kept=torch.ones(count, longest, device=device),
             lengths=torch.zeros(count, dtype=torch.long, device=device),
             done=torch.zeros(count, dtype=torch.bool, device=device),
+            first_version=version,
         )
 
     def _completions(self, rows: _Rows, done: torch.Tensor) -> Iterator[Completion]:
@@ -239,10 +290,9 @@ class EmbeddedEngine:
         lengths = rows.lengths[on_device].cpu().numpy()
         longest = int(lengths.max())
         tokens, logprobs, kept = (x[on_device, :longest].cpu().numpy() for x in (rows.tokens, rows.logprobs, rows.kept))
-        assert self._version is not None
         if not all(np.isfinite(logprobs[i, :n]).all() for i, n in enumerate(lengths)):
             raise RuntimeError(
-                f"embedded engine: got logprobs that are not finite under policy_version {self._version}, need "
+                f"embedded engine: got logprobs that are not finite under policy_version {rows.first_version}, need "
                 "finite weights; resume from an earlier checkpoint, with a lower learning rate"
             )
         for i, (row, n) in enumerate(zip(which.tolist(), lengths.tolist(), strict=True)):
@@ -254,7 +304,8 @@ class EmbeddedEngine:
                 logprobs=logprobs[i, :n].copy(),
                 finish_reason="stop" if stopped else "length",
                 kept_mass=float(kept[i, :n].mean()),
-                policy_version=self._version,
+                policy_version=rows.first_version,
+                version_spans=rows.spans(n),
             )
 
 

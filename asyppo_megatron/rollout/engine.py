@@ -49,8 +49,11 @@ class Completion:
         logprobs: f32 [R], nats, of the temperature-scaled softmax over the full vocabulary (temperature 1
             for greedy requests).
         finish_reason: "stop" or "length".
-        kept_mass: mean probability mass that top_k / top_p kept, 1.0 when both are off.
-        policy_version: version of the weights that generated it.
+        kept_mass: mean probability mass that top_k / top_p kept, 1.0 when both are off; NaN where the engine was not
+            asked for it.
+        policy_version: version of the oldest weights that generated any of it.
+        version_spans: ((first token, version), ...) where several versions did, the first at token 0; else ().
+        attempts: how often it was begun; more than 1 where engines failed.
     """
 
     index: int
@@ -59,10 +62,16 @@ class Completion:
     finish_reason: str
     kept_mass: float
     policy_version: int
+    version_spans: tuple[tuple[int, int], ...] = ()
+    attempts: int = 1
 
 
 class Engine(Protocol):
-    """A generator of responses; the driver knows no more about it than this."""
+    """A generator of responses; the driver knows no more about it than this.
+
+    `load_weights`, `pause` and `resume` may be called while another thread generates: responses under way go on with
+    the new weights, and their completions say which tokens came from which version.
+    """
 
     @property
     def policy_version(self) -> int | None:
@@ -73,6 +82,15 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
         """Completions as they finish, in any order."""
+
+    def pause(self) -> None:
+        """Stop generating where it is; on return nothing is computed any more."""
+
+    def resume(self) -> None:
+        """Go on; without effect where nothing was paused."""
+
+    def statistics(self) -> dict[str, float]:
+        """Counts since the last call: what went wrong and was mended."""
 
     def close(self) -> None:
         """Free everything."""

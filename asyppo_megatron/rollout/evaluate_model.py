@@ -11,7 +11,7 @@ import torch
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards import build_rewards
-from asyppo_megatron.rollout.driver import build_engine
+from asyppo_megatron.rollout.driver import build_embedded_engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
 from asyppo_megatron.rollout.problems import build_eval_problems
 from asyppo_megatron.rollout.scoring import Scorer
@@ -47,7 +47,7 @@ def evaluate_model(config: Config, model_dir: Path, out: Path | None = None) -> 
     scorer = None
     rewards = build_rewards(config, tokenizer)  # their processes import while the weights are read
     try:
-        engine = build_engine(config, model_dir)
+        engine = build_embedded_engine(config, model_dir)
         scorer = Scorer(engine, tokenizer, rewards)
         engine.load_pretrained()
         results = []

@@ -18,9 +18,8 @@ def is_correct(scored: Scored) -> bool:
     return scored.verdict.primary > CORRECT
 
 
-def passes_and_tries(responses: Sequence[Scored], group_size: int) -> tuple[list[int], list[int]]:
+def passes_and_tries(groups: Sequence[Sequence[Scored]]) -> tuple[list[int], list[int]]:
     """Correct and all responses of each group, in order."""
-    groups = [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
     return [sum(map(is_correct, g)) for g in groups], [len(g) for g in groups]
 
 

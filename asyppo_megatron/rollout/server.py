@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a Unix socket's address
 MAX_COMMAND_BYTES = 1 << 20
-COMMANDS = ("hello", "restore", "load_weights", "start", "wait", "evaluate")
+COMMANDS = ("hello", "restore", "load_weights", "start", "wait", "evaluate", "pause", "resume")
 
 
 def serve(config: Config, run_dir: Path, socket_path: Path) -> None:

@@ -27,13 +27,20 @@ class DriverSource:
         handle: the driver on rank 0, None elsewhere.
         store: key-value store of the run.
         timeout_s: longest wait for one batch.
+        max_staleness: updates that may lie between the weights of a token and the step that trains on it.
     """
 
     def __init__(
-        self, handle: DriverHandle | None, run_dir: Path, store: dist.Store, device: torch.device, timeout_s: float
+        self,
+        handle: DriverHandle | None,
+        run_dir: Path,
+        store: dist.Store,
+        device: torch.device,
+        timeout_s: float,
+        max_staleness: int = 0,
     ):
         self._handle, self._run_dir, self._store = handle, run_dir, store
-        self._device, self._timeout_s = device, timeout_s
+        self._device, self._timeout_s, self._max_staleness = device, timeout_s, max_staleness
         self.manifest: dict[str, Any] = {}  # of the last batch, on rank 0
 
     def restore(self, rollout_state: dict[str, Any]) -> None:
@@ -70,6 +77,12 @@ class DriverSource:
                 )
         arrays, self.manifest = journal.load_step(self._run_dir, step)
         version = int(arrays["versions"].min()) if arrays["versions"].size else self.manifest["policy_version"]
+        if self._max_staleness and step - version > self._max_staleness:
+            raise RolloutError(
+                f"rollouts of step {step}: got tokens of version {version}, need at least "
+                f"{step - self._max_staleness} (rollout.max_staleness {self._max_staleness}); this is a fault of the "
+                "program, nothing was trained on them"
+            )
         self._store.set(key, "ready")
         self._store.delete_key(f"batch/{step - 2}")  # everyone has passed it
         header = (step, version, arrays["tokens"].size, arrays["rewards"].size)

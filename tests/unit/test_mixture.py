@@ -54,7 +54,9 @@ def test_every_source_is_walked_like_a_file_of_its_own():
     mix = mixture(data(a=1.0, b=1.0), a=5, b=3)
     taken = [p for p in mix.take(30) if p.source == "a"]
     assert all(len({p.id for p in taken[i : i + 5]}) == 5 for i in range(0, 15, 5)), "each epoch visits each once"
-    assert names(mixture(data(a=1.0, b=1.0), a=5, b=3).take(30)) == names(mixture(data(a=1.0, b=1.0), a=5, b=3).take(30))
+    assert names(mixture(data(a=1.0, b=1.0), a=5, b=3).take(30)) == names(
+        mixture(data(a=1.0, b=1.0), a=5, b=3).take(30)
+    )
     other = mixture(data(a=1.0, b=1.0), seed=4, a=5, b=3).take(30)
     assert names(other) != names(mixture(data(a=1.0, b=1.0), a=5, b=3).take(30))
 

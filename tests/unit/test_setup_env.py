@@ -22,7 +22,7 @@ def setup_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     (tmp_path / "requirements").mkdir()
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    for name in ("production", "light"):
+    for name in ("production", "light", "sglang_cpu"):
         (tmp_path / "requirements" / f"{name}.txt").write_text("torch\n")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "ENVS", tmp_path / ".venv")
@@ -122,6 +122,90 @@ def test_the_stamp_is_void_when_anything_it_was_made_from_changes(setup_env, tmp
     assert changed != key
     (tmp_path / "pyproject.toml").write_text("[project]\nname='x'\n")
     assert setup_env.wanted_key(lane) not in (key, changed)
+
+
+def test_sglangs_list_voids_the_stamp_of_its_lane_alone(setup_env, tmp_path):
+    keys = [setup_env.wanted_key(lane) for lane in (setup_env.PRODUCTION, setup_env.LIGHT)]
+    (tmp_path / "requirements" / "sglang_cpu.txt").write_text("sglang==2\n")
+    after = [setup_env.wanted_key(lane) for lane in (setup_env.PRODUCTION, setup_env.LIGHT)]
+    assert after[0] != keys[0]
+    assert after[1] == keys[1]
+    (tmp_path / "requirements" / "sglang_cpu.txt").unlink()
+    with pytest.raises(setup_env.SetupError, match="sglang_cpu.txt: not found"):
+        setup_env.wanted_key(setup_env.PRODUCTION)
+
+
+def fake_environment(setup_env: ModuleType, lane: object, script: str) -> Path:
+    """An environment whose Python writes down what it is asked for and answers by `script`; returns the record."""
+    record = setup_env.ENVS / "record"
+    lane.python.parent.mkdir(parents=True)
+    lane.python.write_text(f'#!/bin/sh\necho "$@" >> "{record}"\n{script}\n')
+    lane.python.chmod(0o755)
+    return record
+
+
+def add_sglang(setup_env: ModuleType, lane: object) -> str:
+    with open(setup_env.ENVS / "lock", "w") as lock:
+        return setup_env.install_sglang(lane, setup_env.ENVS / "log", dict(setup_env.os.environ), lock.fileno())
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [("*sglang_cpu.txt*", "installing SGLang failed (exit status 3)"), ("*import*", "importing SGLang failed")],
+)
+def test_set_up_goes_on_without_an_sglang_that_fails_and_says_why(setup_env, capsys, fails, reason):
+    lane = setup_env.PRODUCTION
+    record = fake_environment(setup_env, lane, f'case "$*" in {fails}) echo no such index; exit 3;; esac')
+    missing = add_sglang(setup_env, lane)
+    assert missing.startswith(reason)
+    assert str(setup_env.ENVS / "log") in missing
+    assert "\n" not in missing
+    said = capsys.readouterr().err
+    assert "no such index" in said
+    assert "Going on without SGLang" in said
+    assert record.read_text().splitlines()[-1] == "-m pip uninstall -y sglang"  # what is found must be usable
+
+
+def test_an_sglang_that_installs_and_imports_is_not_missing(setup_env):
+    record = fake_environment(setup_env, setup_env.PRODUCTION, "exit 0")
+    assert add_sglang(setup_env, setup_env.PRODUCTION) == ""
+    assert "--no-deps" in record.read_text()
+    assert "uninstall" not in record.read_text()
+
+
+def test_the_light_lane_has_no_sglang(setup_env):
+    setup_env.ENVS.mkdir()
+    assert add_sglang(setup_env, setup_env.LIGHT) == "the light lane has none"
+
+
+def test_a_missing_sglang_is_tried_again_by_a_plain_set_up_only(setup_env, monkeypatch):
+    lane, installed = setup_env.PRODUCTION, []
+    lane.python.parent.mkdir(parents=True)
+    lane.python.symlink_to(sys.executable)
+    monkeypatch.setattr(setup_env, "install", lambda lane, python, lock_fd: installed.append(lane.name))
+    monkeypatch.setattr(setup_env, "find_pythons", list)  # the interpreter it was made with may be gone
+    setup_env.write_stamp(lane.env, setup_env.wanted_key(lane), sglang_missing="no index")
+    assert setup_env.sglang_obstacle(lane.env) == "no index"
+    assert setup_env.ensure("best") is lane
+    assert installed == []
+    assert setup_env.ensure("best", retry=True) is lane
+    assert installed == ["production"]
+    setup_env.write_stamp(lane.env, setup_env.wanted_key(lane), sglang_missing="")
+    setup_env.ensure("best", retry=True)
+    assert installed == ["production"]
+
+
+def test_every_line_of_sglangs_list_is_pinned_and_agrees_with_the_lane():
+    def pins(name: str) -> dict[str, str]:
+        lines = (SCRIPT.parents[1] / "requirements" / name).read_text().splitlines()
+        words = [line.split("#")[0].strip() for line in lines]
+        pairs = [word.partition("==") for word in words if word]
+        assert all(version for _, _, version in pairs), f"{name}: a line without =="
+        return {package.lower().replace("_", "-"): version for package, _, version in pairs}
+
+    lane, sglang = pins("production.txt"), pins("sglang_cpu.txt")
+    assert {name: version for name, version in sglang.items() if lane.get(name, version) != version} == {}
+    assert sglang["sglang"] == lane["sglang"]
 
 
 def test_a_lane_is_ready_only_with_a_matching_stamp_and_a_python_that_runs(setup_env):

@@ -1,0 +1,31 @@
+"""One SGLang server for all tests of a run, started when the first of them asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_servers import EngineServer, make_tiny_model, start_engine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder needs SGLang. The marker comes before the main conftest looks for it."""
+    here = Path(__file__).resolve().parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("sglang")
+
+
+@pytest.fixture(scope="session")
+def engine_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3 with its tokenizer (fp32, vocabulary 512, ends at 258)."""
+    return make_tiny_model(tmp_path_factory.mktemp("engine-model") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def engine_server(engine_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """The shared server (tp 1). Leave it as you found it: weights of `engine_model`, not paused."""
+    server = start_engine(engine_model, tmp_path_factory.mktemp("engine-server"))
+    yield server
+    server.close()

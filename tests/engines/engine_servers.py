@@ -1,0 +1,118 @@
+"""Real SGLang servers for tests, started as the product starts them; on a CPU with the stand-in for SGLang's kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from asyppo_megatron.config import Config, build_config
+from asyppo_megatron.launch.engine_command import engine_command
+from asyppo_megatron.launch.engine_process import EngineProcess, free_port, server_info, version_error
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = Path(__file__).resolve().parent / "stand_in"
+START_S = 400.0  # 22 s on a quiet machine, 70 s and more on a busy one
+VOCABULARY, END = 512, 258
+
+
+def engine_environment(**more: str) -> dict[str, str]:
+    """The environment in which an engine, or an agent that starts engines, finds the stand-in."""
+    path = os.pathsep.join(filter(None, [str(STAND_IN), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | more
+
+
+def engine_config(model: Path, run_dir: Path, **sglang: Any) -> Config:
+    """A run that generates with SGLang; `sglang`: keys of rollout.sglang beside the small sizes of tests."""
+    small = {"max_total_tokens": 8192, "context_length": 1024, "max_concurrency": 16, "mem_fraction": 0.5}
+    rollout = {"engine": "sglang", "max_prompt_tokens": 64, "max_response_tokens": 256, "sglang": small | sglang}
+    actor = {"model": str(model), "precision": "fp32"}
+    ppo = {"advantage": "grpo", "advantage_mask_fraction": 0, "entropy_mask_fraction": 0}
+    data = {"train": "unused.jsonl"}
+    return build_config({"run_dir": str(run_dir), "actor": actor, "ppo": ppo, "data": data, "rollout": rollout})
+
+
+@dataclass
+class EngineServer:
+    """A running server. model: the Hugging Face directory it was started with."""
+
+    url: str
+    model: Path
+    tp: int
+    process: EngineProcess
+
+    @property
+    def log(self) -> Path:
+        return self.process.log
+
+    def get(self, path: str, timeout_s: float = 120.0) -> Any:
+        answer = requests.get(self.url + path, timeout=timeout_s)
+        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}\n{self.process.log_tail()}"
+        return answer.json()
+
+    def post(self, path: str, timeout_s: float = 120.0, **body: Any) -> Any:
+        answer = requests.post(self.url + path, json=body, timeout=timeout_s)
+        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}\n{self.process.log_tail()}"
+        return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
+
+    def generate(self, input_ids: list[int] | list[list[int]], timeout_s: float = 120.0, **sampling: Any) -> Any:
+        """`/generate` with token logprobs."""
+        body = {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True}
+        return self.post("/generate", timeout_s, **body)
+
+    def close(self) -> None:
+        self.process.close()
+
+
+def start_engine(model: Path, directory: Path, *, index: int = 0, wait: bool = True, **sglang: Any) -> EngineServer:
+    """Start one more server (22-70 s, 0.7 GB a process): sparingly, and close it.
+
+    Args:
+        model: Hugging Face directory.
+        directory: for its log, `engine-<index>.log`.
+        wait: until it is ready; else the caller does with `wait_until_ready`, having started others.
+        sglang: keys of rollout.sglang, as `tp=2`.
+    """
+    config = engine_config(model, directory, **sglang)
+    port = free_port("127.0.0.1")
+    command = engine_command(config, index, port, 0, engine_environment())
+    process = EngineProcess(command, f"http://127.0.0.1:{port}", directory / f"engine-{index}.log")
+    server = EngineServer(process.url, model, config.rollout.sglang.tp, process)
+    if wait:
+        wait_until_ready(server)
+    return server
+
+
+def wait_until_ready(server: EngineServer, limit_s: float = START_S) -> None:
+    """Return when the server answers; end it and fail when it has ended or does not in time."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            info = server_info(server.url, 60)
+            break
+        except OSError as e:
+            code = server.process.exit_code()
+            if code is not None or time.monotonic() > deadline:
+                server.close()
+                what = "not ready in time" if code is None else f"ended with exit code {code}"
+                raise AssertionError(f"engine {server.url}: {what} ({e})\n{server.process.log_tail()}") from e
+        time.sleep(0.5)
+    assert version_error(server.url, info) == ""
+
+
+def make_tiny_model(directory: Path, family: str = "qwen3", *, tied: bool = False, seed: int = 0) -> Path:
+    """Save a random model of a few thousand parameters with a byte tokenizer; returns the directory.
+
+    Its sizes divide by tp 2 everywhere. It is made in a process of its own: tests may fork, which a process that has
+    computed with torch should not.
+    """
+    script = Path(__file__).resolve().parent / "make_tiny_model.py"
+    command = [sys.executable, str(script), str(directory), family, str(int(tied)), str(seed)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=engine_environment())
+    return directory
