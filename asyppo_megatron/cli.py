@@ -1,4 +1,4 @@
-"""The command line: asyppo train | demo | eval | prepare | convert | report."""
+"""The command line: asyppo train | demo | pretrain-critics | eval | prepare | convert | report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from asyppo_megatron.config import Config, ConfigError, EvalSetConfig, load_config
 
 DEMO_CONFIG = Path("model_configs/runs/demo.yaml")
+PRETRAIN_STEPS = 50  # VAPO, arXiv 2504.05118
 DEMO_GPU_CONFIG = Path("model_configs/runs/demo_gpu.yaml")
 
 
@@ -70,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--config", type=Path, help=default)
     demo.add_argument("--data", type=Path, default=Path("runs/demo-data"))
     demo.add_argument("overrides", nargs="*", metavar="key=value")
+    pretrain = command(
+        "pretrain-critics", _pretrain_critics, "train the critics of a run on its unchanged policy, before the run"
+    )
+    pretrain.add_argument("config", type=Path)
+    pretrain.add_argument("--steps", type=_count, default=PRETRAIN_STEPS, metavar="N", help=f"default {PRETRAIN_STEPS}")
+    pretrain.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate = command("eval", _eval, "evaluate a Hugging Face model on the data.eval sets of a configuration")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--model", type=Path, help="Hugging Face directory; default: the run's exported actor")
@@ -158,6 +165,18 @@ def train_config(config: Config) -> None:
         # Engine may start CUDA while it is imported.
         import asyppo_megatron.train  # noqa: F401
     run_ranks(config.num_ranks, lambda rank: _train_rank(config), config.run_dir / "logs")
+
+
+def _pretrain_critics(arguments: argparse.Namespace) -> None:
+    from asyppo_megatron.config.methods import pretraining
+
+    config, errors = pretraining(load_config(arguments.config, arguments.overrides), arguments.steps)
+    if errors:
+        raise ConfigError(errors)
+    train_config(config)
+    print("critics, pre-trained; to start a run from them:")
+    for index in range(config.num_critics):
+        print(f"  critics.{index}.model={config.run_dir / 'hf' / f'critic_{index}'}")
 
 
 def _train_rank(config: Config) -> None:

@@ -122,6 +122,8 @@ def _metrics_log(config: Config) -> MetricsLog:
 def export_models(run: Run) -> None:
     """Hugging Face checkpoints of all trained roles into run_dir/hf/<role>."""
     for name, role_config in run.config.roles().items():
+        if name == "actor" and run.config.num_steps and not run.config.trains_policy:
+            continue  # value pre-training: it is still the model that it came from
         role = run.world.roles.get(name)
         if role is not None:
             export_hf(

@@ -78,7 +78,7 @@ def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: fl
     statistics = dict(manifest.get("statistics", {}))
     statuses = statistics.pop("reward_status", {})
     measured = torch.stack([v.double() for v in targets.metrics.values()]).tolist()  # one host read
-    check_mismatch(batch.step + 1, dict(zip(targets.metrics, measured, strict=True)), run.config)
+    check_mismatch(batch.step + 1, roles | dict(zip(targets.metrics, measured, strict=True)), run.config)
     return (
         {"step": batch.step + 1}
         | statistics
@@ -100,8 +100,8 @@ def check_mismatch(step: int, measured: dict[str, float], config: Config) -> Non
     if limit is not None and found > limit:
         raise RunError(
             f"step {step}: engines and trainer disagree by {found:.4g} nats a token in the mean (largest "
-            f"{measured['mismatch_max']:.4g}, k3 KL {measured['mismatch_k3_kl']:.4g}), more than rollout.max_mismatch "
-            f"{limit:.4g}; stopped before these weights were used or saved. Look for engines with other weights, "
+            f"{measured.get('mismatch_max', found):.4g}, k3 KL {measured['mismatch_k3_kl']:.4g}), more than "
+            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for engines with other weights, "
             "another precision, or too stale rollouts; or raise the limit"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from asyppo_megatron.parallel import exchange
 from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.parallel.process_groups import GroupRegistry, RoleGroups, build_groups
 from asyppo_megatron.parallel.seeding import derive_seed
+from asyppo_megatron.ppo.advantages import length_adaptive_lambda
 from asyppo_megatron.ppo.ensemble import assign_critics
 from asyppo_megatron.ppo.targets import checksum, compute_targets, monte_carlo_returns
 from asyppo_megatron.roles import actor as actor_module
@@ -65,7 +67,8 @@ class World:
 
     def _build_actor(self) -> None:
         config = self.config
-        role = self._build_role("actor", config.actor, config.batch_size)
+        steps = sum(config.ppo.updates_policy(step) for step in range(config.num_steps))
+        role = self._build_role("actor", config.actor, config.batch_size, steps)
         if role is None:
             return
         load_hf(role.module, role.spec, config.actor.model, tp_rank=role.groups.at.tp, tp_size=role.groups.layout.tp)
@@ -84,8 +87,9 @@ class World:
             self.reference = Reference(path, config.actor, spec, role.groups, temperature=rollout.temperature)
 
     def _build_critic(self, index: int, config: CriticConfig) -> None:
-        share = self.config.batch_size // max(self.config.num_critics, 1)
-        role = self._build_role(f"critic_{index}", config, share)
+        is_shared = self.config.ppo.critic_data == "shared"
+        responses = self.config.batch_size // (1 if is_shared else max(self.config.num_critics, 1))
+        role = self._build_role(f"critic_{index}", config, responses, self.config.num_steps)
         if role is None:
             return
         if role.groups.is_last_stage:
@@ -102,7 +106,7 @@ class World:
         role.weights_changed()
         self.critics[index] = Critic(role, index, seed=self.config.seed, value_clip=config.value_clip)
 
-    def _build_role(self, name: str, config: RoleConfig, responses: int) -> Role | None:
+    def _build_role(self, name: str, config: RoleConfig, responses: int, steps: int) -> Role | None:
         groups = self.groups[name]
         if groups is None:
             skip_optimizer_construction()
@@ -114,7 +118,7 @@ class World:
             ModelSpec.from_hf(config.model),
             groups,
             value_head=name != "actor",
-            total_updates=self.config.num_steps * config.epochs * per_epoch,
+            total_updates=steps * config.epochs * per_epoch,
         )
         self.roles[name] = role
         return role
@@ -127,8 +131,10 @@ class World:
         local: dict[str, torch.Tensor] = {}
         tokens = batch.num_tokens
         if self.actor is not None:
-            with self.timer.phase("actor_logprobs", tokens):
-                local |= self._guard("actor", self.actor.evaluate(batch))
+            self.actor.sums.zero_()
+            if self._scores_actor(batch.step):
+                with self.timer.phase("actor_logprobs", tokens):
+                    local |= self._guard("actor", self.actor.evaluate(batch))
         if self.reference is not None:
             with self.timer.phase("reference_logprobs", tokens):
                 local |= self.reference.evaluate(batch)
@@ -143,17 +149,24 @@ class World:
                 local |= self._guard(f"critic_{index}", {f"values_{index}": values})
         return local
 
-    def score_names(self) -> list[str]:
-        names = ["old_logprobs", *(f"values_{m}" for m in range(self.config.num_critics))]
+    def _scores_actor(self, step: int) -> bool:
+        """Whether anything reads the actor's logprobs from before the update of a step."""
+        ppo = self.config.ppo
+        return ppo.has_kl_reward or (ppo.needs_old_logprobs and ppo.updates_policy(step))
+
+    def score_names(self, step: int) -> list[str]:
+        names = [f"values_{m}" for m in range(self.config.num_critics)]
+        names = ["old_logprobs", *names] if self._scores_actor(step) else names
         return [*names, "reference_logprobs"] if self.config.uses_reference else names
 
     def exchange(self, batch: PackedBatch, local: dict[str, torch.Tensor]) -> Scores:
         """The one exchange between a batch and its targets."""
-        table = exchange.gather_scores(local, self.score_names(), batch.num_tokens, self.device)
+        table = exchange.gather_scores(local, self.score_names(batch.step), batch.num_tokens, self.device)
         count = self.config.num_critics
         values = [table[f"values_{m}"] for m in range(count)]
         return Scores(
-            old_logprobs=table["old_logprobs"],
+            # What nobody reads is not scored again: the engine's are at hand.
+            old_logprobs=table.get("old_logprobs", batch.rollout_logprobs),
             values=torch.stack(values) if values else torch.zeros(0, batch.num_tokens, device=self.device),
             reference_logprobs=table.get("reference_logprobs"),
         )
@@ -165,12 +178,16 @@ class World:
             RuntimeError: ranks disagree (a fault of hardware or of this program).
         """
         ppo = self.config.ppo
+        lam: float | torch.Tensor = ppo.lam
+        if ppo.length_adaptive_alpha is not None:
+            lam = length_adaptive_lambda(batch.loss_mask, batch.cu_seqlens, ppo.length_adaptive_alpha)
         targets = compute_targets(
             batch,
             scores,
             advantage=ppo.advantage,
             gamma=ppo.gamma,
-            lam=ppo.lam,
+            lam=lam,
+            critic_lam=ppo.critic_lam,
             value_aggregate=ppo.value_aggregate,
             k=ppo.advantage_mask_fraction,
             h=ppo.entropy_mask_fraction,
@@ -187,26 +204,33 @@ class World:
                 f"step {batch.step}: ranks computed different targets from the same batch; stopped before any update "
                 "(look for a faulty device, or for processes of different versions)"
             )
+        if not self._scores_actor(batch.step):
+            # Against itself the engine has no mismatch: the actor measures it on the way where it can.
+            measured = {name: m for name, m in targets.metrics.items() if not name.startswith("mismatch")}
+            targets = replace(targets, metrics=measured)
         return targets
 
     def update(self, batch: PackedBatch, targets: Targets, scores: Scores) -> None:
         """The actor's optimisation; the critics' too when they come second."""
         if self.config.ppo.order == "values_first" and self.critics:
             self._update_critics(batch, targets.returns, {m: scores.values[m] for m in self.critics})
-        if self.actor is not None:
+        if self.actor is not None and self.config.ppo.updates_policy(batch.step):
             with self.timer.phase("actor_update", batch.num_tokens * self.config.actor.epochs):
-                self.actor.update(batch, targets)
+                self.actor.update(batch, targets, is_scored=self._scores_actor(batch.step))
 
     def _update_critics(self, batch: PackedBatch, returns: torch.Tensor, old: dict[int, torch.Tensor]) -> None:
-        assignment = assign_critics(
-            batch.group_ids.cpu(),
-            self.config.num_critics,
-            seed=self.config.seed,
-            step=batch.step,
-            remainder=self.config.ppo.share_remainder,
-        )
+        assignment, tokens = None, batch.num_tokens
+        if self.config.ppo.critic_data == "disjoint":
+            tokens //= self.config.num_critics
+            assignment = assign_critics(
+                batch.group_ids.cpu(),
+                self.config.num_critics,
+                seed=self.config.seed,
+                step=batch.step,
+                remainder=self.config.ppo.share_remainder,
+            )
         for index, critic in self.critics.items():
-            with self.timer.phase("critic_update", batch.num_tokens // self.config.num_critics):
+            with self.timer.phase("critic_update", tokens):
                 critic.update(batch, returns, assignment, old.get(index))
 
     def announce(self, key: str) -> None:

@@ -4,7 +4,7 @@
 with everything that is wrong. Checks that need a model or a dataset on disk live in `preflight.py`.
 """
 
-from asyppo_megatron.config.algorithm import KLConfig, PPOConfig
+from asyppo_megatron.config.algorithm import FilteringConfig, KLConfig, PPOConfig
 from asyppo_megatron.config.data import (
     PAPER_SYSTEM_PROMPT,
     CurriculumConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvalSetConfig",
+    "FilteringConfig",
     "KLConfig",
     "LayoutConfig",
     "LoggingConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyppo_megatron.config.algorithm import WITHOUT_OLD_LOGPROBS, PPOConfig
 from asyppo_megatron.config.engines import engine_errors, staleness_errors
 from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
@@ -73,9 +74,12 @@ def _placement_errors(config: Config) -> list[str]:
 
 
 def _algorithm_errors(config: Config) -> list[str]:
-    ppo, critics, group = config.ppo, config.num_critics, config.rollout.responses_per_prompt
-    errors = []
-    k, h = ppo.advantage_mask_fraction, ppo.entropy_mask_fraction
+    return [*_mask_errors(config), *_critic_errors(config), *_group_errors(config), *_loss_errors(config.ppo)]
+
+
+def _mask_errors(config: Config) -> list[str]:
+    errors, critics = [], config.num_critics
+    k, h = config.ppo.advantage_mask_fraction, config.ppo.entropy_mask_fraction
     if k + h > 1:
         errors.append(f"ppo: got advantage_mask_fraction {k} + entropy_mask_fraction {h} > 1; lower one")
     if (k > 0 or h > 0) and critics < 2:
@@ -83,15 +87,19 @@ def _algorithm_errors(config: Config) -> list[str]:
             f"ppo: got masks (advantage {k}, entropy {h}) with {critics} critic(s), need >= 2 to disagree; "
             "add a critic or set both fractions to 0"
         )
+    return errors
+
+
+def _critic_errors(config: Config) -> list[str]:
+    ppo, critics, group = config.ppo, config.num_critics, config.rollout.responses_per_prompt
+    errors = []
     if ppo.advantage == "gae" and critics == 0:
         errors.append("critics: got none with ppo.advantage gae, need >= 1; add a critic or choose grpo/dr_grpo/rloo")
     if ppo.advantage != "gae" and critics:
         errors.append(
             f"critics: got {critics} with ppo.advantage {ppo.advantage}, which uses none; remove them or choose gae"
         )
-    if ppo.advantage != "gae" and group == 1:
-        errors.append(f"rollout.responses_per_prompt: got 1 with ppo.advantage {ppo.advantage}, need >= 2")
-    if critics > 1 and group % critics and ppo.share_remainder == "error":
+    if critics > 1 and group % critics and ppo.share_remainder == "error" and ppo.critic_data == "disjoint":
         errors.append(
             f"rollout.responses_per_prompt: got {group}, not divisible by {critics} critics; choose a multiple of "
             f"{critics} or set ppo.share_remainder to rotate or drop"
@@ -103,4 +111,47 @@ def _algorithm_errors(config: Config) -> list[str]:
                     f"critics.{index}.value_clip: got {critic.value_clip} with ppo.order critics_first, which has no "
                     "values from before the update; set ppo.order values_first or leave it out"
                 )
+        if ppo.critic_lam not in (None, 1.0):
+            errors.append(
+                f"ppo.critic_lam: got {ppo.critic_lam} with ppo.order critics_first, whose target is the Monte-Carlo "
+                "return (lambda 1); set ppo.order values_first or leave it out"
+            )
+    if critics == 0:
+        errors.extend(
+            f"ppo.{key}: got {value} without critics, which it is about; leave it out or add critics"
+            for key, value, idle in [
+                ("critic_warmup_steps", ppo.critic_warmup_steps, 0),
+                ("policy_every", ppo.policy_every, 1),
+                ("length_adaptive_alpha", ppo.length_adaptive_alpha, None),
+            ]
+            if value != idle
+        )
     return errors
+
+
+def _group_errors(config: Config) -> list[str]:
+    if config.rollout.responses_per_prompt > 1:
+        return []
+    errors = []
+    if config.ppo.advantage != "gae":
+        errors.append(f"rollout.responses_per_prompt: got 1 with ppo.advantage {config.ppo.advantage}, need >= 2")
+    if config.filtering.drop_equal_groups:
+        errors.append("rollout.responses_per_prompt: got 1 with filtering.drop_equal_groups, need >= 2 to differ")
+    return errors
+
+
+def _loss_errors(ppo: PPOConfig) -> list[str]:
+    """Settings of the policy loss that the chosen loss would ignore."""
+    found = {
+        "dual_clip": (ppo.dual_clip, ppo.dual_clip is not None and ppo.loss not in ("ppo", "gspo")),
+        "high_entropy_clip": (
+            ppo.high_entropy_clip,
+            ppo.high_entropy_clip is not None and ppo.loss not in ("ppo", "cispo", "aspo"),
+        ),
+        "importance": (ppo.importance, ppo.importance != "none" and ppo.loss in WITHOUT_OLD_LOGPROBS),
+    }
+    return [
+        f"ppo.{key}: got {value} with ppo.loss {ppo.loss}, which has no use for it; leave it out or change the loss"
+        for key, (value, is_ignored) in found.items()
+        if is_ignored
+    ]

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from asyppo_megatron.config.checks import cross_checks
+from asyppo_megatron.config.methods import resolve, select_critics
 from asyppo_megatron.config.run import Config
 
 
@@ -113,11 +114,13 @@ def build_config(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: with all errors at once.
     """
+    tree, contradictions = resolve(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as e:
-        raise ConfigError([_describe(err) for err in e.errors()]) from None
-    errors = cross_checks(config)
+        raise ConfigError([*contradictions, *(_describe(err) for err in e.errors())]) from None
+    config, unusable = select_critics(config)
+    errors = [*contradictions, *unusable] or cross_checks(config)
     if errors:
         raise ConfigError(errors)
     return config

@@ -7,12 +7,30 @@ from typing import Literal
 
 from pydantic import Field
 
-from asyppo_megatron.config.algorithm import PPOConfig
+from asyppo_megatron.config.algorithm import FilteringConfig, PPOConfig
 from asyppo_megatron.config.data import DataConfig, EvalConfig
 from asyppo_megatron.config.rewards import RewardConfig
 from asyppo_megatron.config.roles import CriticConfig, ReferenceConfig, RoleConfig
 from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
 from asyppo_megatron.config.section import Section
+
+Method = Literal[
+    "asyppo",
+    "ppo",
+    "symmetric_ppo",
+    "naive_ensemble",
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "vapo",
+    "aspo",
+    "asympo",
+    "spo",
+    "custom",
+]
 
 
 class CheckpointConfig(Section):
@@ -33,10 +51,13 @@ class Config(Section):
     run_dir: Path = Path("runs/asyppo")
     seed: int = 0
     num_steps: int = Field(500, ge=0)
+    method: Method = "asyppo"
+    critics_used: int | None = Field(None, ge=0)  # of those listed; None: as many as the method uses
     actor: RoleConfig
     critics: tuple[CriticConfig, ...] = ()
     reference: ReferenceConfig = ReferenceConfig()
     ppo: PPOConfig = PPOConfig()
+    filtering: FilteringConfig = FilteringConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     rewards: tuple[RewardConfig, ...] = ()  # several, in place of reward
@@ -58,6 +79,11 @@ class Config(Section):
     @property
     def uses_reference(self) -> bool:
         return self.ppo.kl.coef > 0
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether any step of the run updates the actor."""
+        return any(self.ppo.updates_policy(step) for step in range(self.num_steps))
 
     @property
     def batch_size(self) -> int:

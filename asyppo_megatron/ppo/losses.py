@@ -219,7 +219,7 @@ def high_entropy_clip(
     start = cu_seqlens.to(loss_mask.device, torch.long, non_blocking=True)[:-1]
     rank = torch.arange(order.numel(), device=order.device) - start[sequences]
     wide = torch.floor(fraction * token_counts(loss_mask, cu_seqlens).double() + 1e-9)[sequences]
-    result = torch.where(rank < wide, high_entropy, clip).to(working_dtype(entropies))
+    result = torch.full_like(entropies, clip, dtype=working_dtype(entropies)).masked_fill_(rank < wide, high_entropy)
     return torch.empty_like(result).index_copy_(0, order, result)
 
 
@@ -296,3 +296,25 @@ def kl_loss(
     new = zero_outside(logprobs, loss_mask, dtype)
     reference = zero_outside(reference_logprobs, loss_mask, dtype)
     return aggregate(kl_estimate(new, reference, kind), loss_mask, cu_seqlens, aggregation, length_norm)
+
+
+def positive_nll_loss(
+    logprobs: torch.Tensor, positive: torch.Tensor, loss_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """VAPO's positive-example language-model loss (arXiv 2504.05118, section 4.3), to be minimised.
+
+        L = -(sum over responses i of positive reward, over t of logprob_i,t) / (their number of tokens)
+
+    The caller scales it (mu = 0.1 in the paper) and adds it to the policy loss.
+
+    Args:
+        logprobs: f32 [T], nats, of the current policy.
+        positive: bool [T], true at every position of a response whose reward is positive.
+        loss_mask: bool [T].
+
+    Returns:
+        sum: f32, 0-dim.
+        count: i64, 0-dim: trainable tokens of positive responses.
+    """
+    counted = loss_mask & positive
+    return -zero_outside(logprobs, counted, working_dtype(logprobs)).sum(), counted.sum()

@@ -43,6 +43,21 @@ def token_counts(mask: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     return (before[1:] - before[:-1]).long()
 
 
+def first_and_last(mask: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last true position of `mask` in each sequence.
+
+    Returns:
+        first: bool [T].
+        last: bool [T].
+    """
+    if mask.numel() == 0:
+        return mask.clone(), mask.clone()
+    sequences = token_sequences(mask, cu_seqlens)
+    counts = token_counts(mask, cu_seqlens)
+    within = mask.cumsum(0, dtype=torch.int32) - (counts.cumsum(0) - counts)[sequences]
+    return mask & (within == 1), mask & (within == counts[sequences])
+
+
 def segment_sum(x: torch.Tensor, segments: torch.Tensor, count: int) -> torch.Tensor:
     """Sum of `x` over each segment, differentiable: added up in float64, rounded once to the dtype of `x`.
 

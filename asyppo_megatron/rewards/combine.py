@@ -35,6 +35,11 @@ class Judgement:
     scores: Mapping[str, float] = field(default_factory=dict)
     statuses: Mapping[str, Status] = field(default_factory=dict)
 
+    @property
+    def total(self) -> float:
+        """Of the whole response, its steps and its tokens: what group advantages compare."""
+        return self.reward if self.token_rewards is None else self.reward + float(self.token_rewards.sum(dtype=float))
+
 
 class RewardSet:
     """The rewards of a run.

@@ -9,13 +9,16 @@ import torch
 from asyppo_megatron.packing import mini_batches
 from asyppo_megatron.parallel.seeding import derive_seed
 from asyppo_megatron.ppo.losses import value_loss
+from asyppo_megatron.ppo.segments import first_and_last
 from asyppo_megatron.ppo.targets import explained_variance, explained_variance_sums
 from asyppo_megatron.roles.role import Role
 from asyppo_megatron.roles.runner import Pack, scatter
 from asyppo_megatron.types import PackedBatch, sequence_ids
 
 NUM_EV_SUMS = 5
-SUMS = ("loss", "updates", "grad_norm", "lr", *(f"ev_{i}" for i in range(NUM_EV_SUMS)))
+# Where explained variance is measured: all tokens, and each response's first and last.
+EV_PLACES = ("explained_variance", "explained_variance_first", "explained_variance_last")
+SUMS = ("loss", "updates", "grad_norm", "lr", *(f"{place}_{i}" for place in EV_PLACES for i in range(NUM_EV_SUMS)))
 
 
 class Critic:
@@ -33,29 +36,36 @@ class Critic:
         return scatter(results, packs, batch.num_tokens) if self.role.groups.is_output else None
 
     def update(
-        self, batch: PackedBatch, returns: torch.Tensor, assignment: torch.Tensor, old_values: torch.Tensor | None
+        self,
+        batch: PackedBatch,
+        returns: torch.Tensor,
+        assignment: torch.Tensor | None,
+        old_values: torch.Tensor | None,
     ) -> None:
         """Regress on the returns of its own trajectories.
 
         Args:
             returns: f32 [T].
-            assignment: i8 [N], on the CPU: which critic trains on which trajectory.
+            assignment: i8 [N], on the CPU: which critic trains on which trajectory; None: every one on all.
             old_values: f32 [T] of this critic before the update; needed for value clipping only.
         """
         self.sums.zero_()
-        own = (assignment == self.index).nonzero().flatten()
+        own = torch.arange(batch.num_trajectories)
+        if assignment is not None:
+            own = (assignment == self.index).nonzero().flatten()
         if not own.numel():
             return
         sequence = sequence_ids(batch.cu_seqlens, batch.num_tokens, batch.loss_mask.device)
         tokens = torch.zeros(batch.num_trajectories, dtype=torch.int64, device=sequence.device)
         tokens.index_add_(0, sequence, batch.loss_mask.long())
+        ends = first_and_last(batch.loss_mask, batch.cu_seqlens)
         config = self.role.config
         size = min(config.mini_batch_size or len(own), len(own))
         for epoch in range(config.epochs):
             for part in mini_batches(len(own), size, seed=self.seed, step=batch.step, epoch=epoch):
                 chosen = own[part]
                 count = tokens[chosen.to(tokens.device)].sum().clamp(min=1)
-                self._mini_batch(batch, returns, chosen, count, old_values, is_first=epoch == 0)
+                self._mini_batch(batch, returns, chosen, count, old_values, ends if epoch == 0 else None)
 
     def _mini_batch(
         self,
@@ -64,9 +74,9 @@ class Critic:
         chosen: torch.Tensor,
         count: torch.Tensor,
         old_values: torch.Tensor | None,
-        *,
-        is_first: bool,
+        ends: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
+        """One optimizer step; `ends` (first and last tokens, bool [T]) where trajectories are met the first time."""
         packs = self.role.runner.packs(batch, chosen)
 
         def loss(out: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, None]:
@@ -78,9 +88,11 @@ class Critic:
             total = total / count
             if self.role.groups.is_output:
                 self._add(loss=total.detach())
-                if is_first:
+                if ends is not None:
                     # Every trajectory is predicted here before it has been trained on.
-                    self.sums[-NUM_EV_SUMS:] += explained_variance_sums(values.detach(), target, mask)
+                    places = [mask, *(pack.gather(end) for end in ends)]
+                    sums = [explained_variance_sums(values.detach(), target, place) for place in places]
+                    self.sums[-NUM_EV_SUMS * len(places) :] += torch.cat(sums)
             return total, None
 
         self.role.accumulate(packs, loss)
@@ -96,11 +108,14 @@ class Critic:
 def summarise(index: int, sums: dict[str, float]) -> dict[str, float]:
     """Metrics of one step from the summed `SUMS`."""
     updates = max(sums["updates"], 1)
-    ev = torch.tensor([sums[f"ev_{i}"] for i in range(NUM_EV_SUMS)], dtype=torch.float64)
     return {
         f"loss/critic_{index}": sums["loss"] / updates,
         f"grad_norm/critic_{index}": sums["grad_norm"] / updates,
         f"lr/critic_{index}": sums["lr"] / updates,
-        f"explained_variance/critic_{index}": float(explained_variance(ev)),
         f"updates/critic_{index}": sums["updates"],
-    }
+    } | {f"{place}/critic_{index}": _explained(place, sums) for place in EV_PLACES}
+
+
+def _explained(place: str, sums: dict[str, float]) -> float:
+    parts = [sums[f"{place}_{i}"] for i in range(NUM_EV_SUMS)]
+    return float(explained_variance(torch.tensor(parts, dtype=torch.float64)))

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyppo_megatron.config import FilteringConfig
 from asyppo_megatron.rollout.dataset import Problem
+from asyppo_megatron.rollout.filtering import kept_groups
 from asyppo_megatron.rollout.scoring import Scored
 
 
@@ -45,6 +47,11 @@ class Group:
     def is_finished(self) -> bool:
         return bool(self.responses)
 
+    @property
+    def rewards(self) -> list[float]:
+        """Of its responses, as they were scored."""
+        return [r.verdict.total for r in self.responses]
+
 
 class GroupBuffer:
     """Groups in line for the next steps; the driver's lock guards it.
@@ -73,6 +80,12 @@ class GroupBuffer:
 
     def add(self, groups: Sequence[Group]) -> None:
         self._line.extend(groups)
+
+    def refuse(self, config: FilteringConfig) -> None:
+        """Have the finished groups that the filter drops take no place."""
+        rewards = [group.rewards if group.is_finished else None for group in self._line]
+        for group, kept in zip(self._line, kept_groups(rewards, self._size, config), strict=True):
+            group.kept = kept
 
     def take_batch(self) -> list[Group] | None:
         """The groups of the next batch and the refused ones between them, or None while one is unfinished."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from asyppo_megatron.rollout.buffer import Group, GroupBuffer
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
+from asyppo_megatron.rollout.filtering import FilterCounts, count_groups, filter_statistics
 from asyppo_megatron.rollout.generation import (
     group_requests,
+    penalised,
     sample_rows,
     staleness_statistics,
     step_statistics,
@@ -39,7 +42,7 @@ from asyppo_megatron.rollout.replay import StepIdentity
 from asyppo_megatron.rollout.reward_statistics import passes_and_tries
 from asyppo_megatron.rollout.scoring import ScoredResponses, Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
-from asyppo_megatron.types import pack_trajectories
+from asyppo_megatron.types import Trajectory, pack_trajectories
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,8 @@ class RolloutDriver:
         self._changed = threading.Condition(threading.RLock())
         self._wanted: int | None = None  # the step that was started last
         self._next: int | None = None  # the step whose batch leaves the buffer next; None: the one that is started
-        self._state = self._cursor.state() | self._cursor.results()  # of the dataset, after the last batch that left
+        self._filtered = FilterCounts()  # since the run began
+        self._state = self._whole_state()  # after the last batch that left
         self._waves = 0  # under way
         self._wave_count = 0
         self._failure: str | None = None
@@ -115,10 +119,19 @@ class RolloutDriver:
         """Continue the dataset where a checkpoint left it."""
         with self._changed:
             self._require_idle("restore")
-            self._cursor.restore(rollout_state)
+            self._restore(rollout_state)
             self._buffer.clear()
-            self._state, self._next = self._cursor.state() | self._cursor.results(), None
+            self._next = None
         return {}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._cursor.restore(state)
+        self._filtered = FilterCounts(**state.get("filtered", {}))
+        self._state = self._whole_state()
+
+    def _whole_state(self) -> dict[str, Any]:
+        """All that later batches depend on, or go on counting from."""
+        return self._cursor.state() | self._cursor.results() | {"filtered": asdict(self._filtered)}
 
     def load_weights(self, path: str, policy_version: int) -> dict[str, Any]:
         """New weights; responses under way in asynchronous mode go on with them."""
@@ -199,8 +212,7 @@ class RolloutDriver:
             manifest = self._identity.find(self._run_dir, self._next, policy_version, self._state)
             if manifest is None:
                 return
-            self._state = manifest["rollout_state_after"]
-            self._cursor.restore(self._state)
+            self._restore(manifest["rollout_state_after"])
             self._next += 1
 
     def _fill(self) -> None:
@@ -227,6 +239,7 @@ class RolloutDriver:
         for number, group in enumerate(groups):
             group.wave, group.generate_s, group.verify_s = wave, scores.generate_s, scores.verify_s
             group.responses = scores.responses[number * size : (number + 1) * size]
+        self._buffer.refuse(self._config.filtering)
 
     def _journal_batches(self) -> None:
         """Write every batch that is complete."""
@@ -236,9 +249,11 @@ class RolloutDriver:
             # Refused groups too: what is known of a problem does not depend on whether it is trained on.
             self._cursor.record([g.problem for g in line], *passes_and_tries([g.responses for g in line]))
             statistics = step_statistics(trajectories, groups) | self._engine.statistics() | self._cursor.statistics()
+            trajectories, changes = self._filter(line, trajectories)
+            statistics |= changes
             if self._config.rollout.max_staleness:
                 statistics |= staleness_statistics(trajectories, step)
-            after = line[-1].state_after | self._cursor.results()
+            after = line[-1].state_after | self._cursor.results() | {"filtered": asdict(self._filtered)}
             journal.write_step(
                 self._run_dir,
                 pack_trajectories(trajectories, step),
@@ -256,6 +271,20 @@ class RolloutDriver:
             self._next += 1
             if self._config.rollout.partial and step == self._wanted:
                 self._engine.pause()  # before the ranks hear of the batch, and use the device
+
+    def _filter(
+        self, line: Sequence[Group], trajectories: list[Trajectory]
+    ) -> tuple[list[Trajectory], dict[str, float]]:
+        """Trajectories with the penalty on length, and what the filter and the dataset left out."""
+        config = self._config.filtering
+        trajectories, statistics = penalised(trajectories, self._config.rollout.max_response_tokens, config)
+        statistics["skipped_prompts"] = sum(p.skipped for p in self._problems.values())
+        if config.drop_equal_groups:
+            rounds = len({group.wave for group in line})
+            counts = count_groups([group.rewards for group in line], [group.kept for group in line], rounds)
+            self._filtered += counts
+            statistics |= filter_statistics(counts, self._filtered)
+        return trajectories, statistics
 
     # --- in threads of their own
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from asyppo_megatron.config import RolloutConfig
+from asyppo_megatron.config import FilteringConfig, RolloutConfig
 from asyppo_megatron.rollout.buffer import Group
 from asyppo_megatron.rollout.engine import GenerationRequest
+from asyppo_megatron.rollout.filtering import overlong_penalty
 from asyppo_megatron.rollout.reward_statistics import is_correct, reward_statistics
 from asyppo_megatron.rollout.scoring import stable_seed
 from asyppo_megatron.types import Trajectory
@@ -60,6 +62,21 @@ def step_trajectories(groups: Sequence[Group]) -> list[Trajectory]:
         for number, group in enumerate(groups)
         for sample, r in enumerate(group.responses)
     ]
+
+
+def penalised(
+    trajectories: Sequence[Trajectory], max_tokens: int, config: FilteringConfig
+) -> tuple[list[Trajectory], dict[str, float]]:
+    """Trajectories whose rewards bear the penalty on length, and what it came to."""
+    if config.overlong_fraction == 0:
+        return list(trajectories), {}
+    penalties = [overlong_penalty(len(t.response_tokens), max_tokens, config) for t in trajectories]
+    changed = [replace(t, reward=t.reward + p) for t, p in zip(trajectories, penalties, strict=True)]
+    return changed, {
+        "reward": sum(t.reward for t in changed) / len(changed),
+        "overlong_penalty": sum(penalties) / len(penalties),
+        "overlong_rate": sum(p < 0 for p in penalties) / len(penalties),
+    }
 
 
 def step_statistics(trajectories: Sequence[Trajectory], groups: Sequence[Group]) -> dict[str, Any]:

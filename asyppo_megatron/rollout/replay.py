@@ -25,6 +25,7 @@ class StepIdentity:
             "rollout": config.rollout.model_dump(mode="json", exclude=_INDIFFERENT),
             "rewards": [r.model_dump(mode="json", exclude={"workers"}) for r in config.all_rewards],
             "data": config.data.model_dump(mode="json", include={"sources", "curriculum"}),
+            "filtering": config.filtering.model_dump(mode="json"),
             "stops": stop_token_ids,
             "shuffle": config.data.shuffle,
         }

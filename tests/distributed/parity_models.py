@@ -68,7 +68,7 @@ def make_batch(groups: int, responses: int, seed: int = 0, step: int = 0) -> Pac
                 )
             )
     arrays = pack_trajectories(trajectories, step)
-    tensors = {name: torch.from_numpy(a) for name, a in arrays.items() if name != "versions"}
+    tensors = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.startswith("version")}
     return PackedBatch(step=step, policy_version=0, **tensors)
 
 

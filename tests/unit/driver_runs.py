@@ -64,7 +64,7 @@ def configure(demo: Path, **sections) -> Config:
         "eval": {"samples": 2},
     }
     for name, values in sections.items():
-        tree[name] = {**tree[name], **values} if isinstance(tree[name], dict) else values
+        tree[name] = {**tree[name], **values} if isinstance(tree.get(name), dict) else values
     return build_config(tree)
 
 

@@ -23,6 +23,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "## `reference`": config.ReferenceConfig,
     "## `ppo`": config.PPOConfig,
     "### `ppo.kl`": config.KLConfig,
+    "## `filtering`": config.FilteringConfig,
     "## `rollout`": config.RolloutConfig,
     "### `rollout.sglang`": config.SGLangConfig,
     "## `reward`": config.RewardConfig,

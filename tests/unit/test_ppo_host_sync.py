@@ -11,8 +11,10 @@ from asyppo_megatron.ppo.losses import (
     high_entropy_clip,
     kl_loss,
     policy_loss,
+    positive_nll_loss,
     value_loss,
 )
+from asyppo_megatron.ppo.segments import first_and_last
 from asyppo_megatron.ppo.targets import checksum, compute_targets, explained_variance, explained_variance_sums
 from asyppo_megatron.types import PackedBatch, Scores
 
@@ -54,6 +56,8 @@ def test_the_other_losses_never_ask_the_device_for_a_value():
     value_loss(floats(TOKENS), floats(TOKENS), bools(TOKENS), CU_SEQLENS, trajectories=bools(4))
     kl_loss(floats(TOKENS), floats(TOKENS), bools(TOKENS), CU_SEQLENS)
     high_entropy_clip(floats(TOKENS), bools(TOKENS), CU_SEQLENS)
+    positive_nll_loss(floats(TOKENS), bools(TOKENS), bools(TOKENS))
+    first_and_last(bools(TOKENS), CU_SEQLENS)
 
 
 @pytest.mark.parametrize(
