@@ -1,4 +1,4 @@
-"""The command line: asyppo train | demo | pretrain-critics | eval | prepare | convert | report."""
+"""The command line: asyppo train | serve | demo | pretrain-critics | eval | prepare | convert | report."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a run, or resume it")
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
+    serve = command("serve", _serve, "supervise the SGLang engines of this node for a run")
+    serve.add_argument("config", type=Path)
+    serve.add_argument("--address-file", type=Path, metavar="FILE", help="default: run_dir/agents/NODE.json")
+    serve.add_argument("--linger", type=float, metavar="S", help="end when no run has been there for so long")
+    serve.add_argument("overrides", nargs="*", metavar="key=value")
     demo = command("demo", _demo, "make the demo's data and base models, then train")
     default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
     demo.add_argument("--config", type=Path, help=default)
@@ -145,18 +150,40 @@ def _train(arguments: argparse.Namespace) -> None:
     train_config(load_config(arguments.config, arguments.overrides))
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    from asyppo_megatron.launch.agent import serve
+
+    logging.basicConfig(level=config.logging.level, format="%(asctime)s %(message)s", force=True)
+    print(f"agent ended: {serve(config, _num_gpus(), arguments.address_file, arguments.linger)}", file=sys.stderr)
+
+
 def train_config(config: Config) -> None:
     """Check everything, then train here (or as the rank that a launcher started)."""
     from asyppo_megatron.preflight import check_run
 
     check_run(config)
     _quiet_imports(config.run_dir, "launcher")
+    from asyppo_megatron.launch.run_agent import ensure_agent, needs_own_agent
+
+    gpus = _num_gpus()
+    agent = ensure_agent(config, gpus) if needs_own_agent(config) and os.environ.get("RANK", "0") == "0" else None
+    finished = False
+    try:
+        _train_ranks(config, gpus)
+        finished = True
+    finally:
+        if agent is not None:
+            agent.close(finished)
+
+
+def _train_ranks(config: Config, gpus: int) -> None:
+    """As the rank that a launcher started, or as all ranks of this machine."""
     from asyppo_megatron.launch.local import is_launched, run_ranks
 
     if is_launched():
         _train_rank(config)
         return
-    gpus = _num_gpus()
     if gpus and config.num_ranks > gpus:
         found = f"ranks: got {config.num_ranks} on a machine of {gpus} GPU(s), need one GPU a rank"
         raise ConfigError([f"{found}; let roles share ranks, or set CUDA_VISIBLE_DEVICES= to run on the CPU"])

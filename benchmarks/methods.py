@@ -76,8 +76,8 @@ def main() -> int:
 
 
 def fingerprint(config: Config) -> str:
-    """Of everything that a run depends on but its place."""
-    text = json.dumps(config.model_dump(mode="json", exclude={"run_dir"}), sort_keys=True)
+    """Of all that a run is set to, but for its place and what has its default."""
+    text = json.dumps(config.model_dump(mode="json", exclude={"run_dir"}, exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -152,8 +152,8 @@ def cpu_of_children() -> float:
 def table(results: dict[str, Any]) -> str:
     """Markdown, one row a method: values over seeds as they came out."""
     lines = [
-        "| method | ranks | critics | greedy before | greedy after, each seed | mean | CPU s a run | CPU s, ranks' steps "
-        "| peak MiB | step / own time |",
+        "| method | ranks | critics | greedy before | greedy after, each seed | mean | CPU s a run | CPU s, ranks' "
+        "steps | peak MiB | step / own time |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:

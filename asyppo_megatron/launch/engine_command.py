@@ -126,8 +126,8 @@ def missing_for_engines(num_gpus: int) -> str:
         )
     if not num_gpus and importlib.util.find_spec("sgl_kernel") is None:
         return (
-            "rollout.engine sglang: without a GPU SGLang needs the CPU build of sgl_kernel, which is not on the package "
-            "index: build it from SGLang's source, put the tests' stand-in on PYTHONPATH (tests/engines/stand_in; slow, "
-            "for trying out), or set rollout.engine=embedded"
+            "rollout.engine sglang: without a GPU SGLang needs the CPU build of sgl_kernel, which is not on the "
+            "package index: build it from SGLang's source, put the tests' stand-in on PYTHONPATH "
+            "(tests/engines/stand_in; slow, for trying out), or set rollout.engine=embedded"
         )
     return ""

@@ -82,7 +82,7 @@ class EngineProcess:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now. Another process may take it before the engine does, which then is restarted."""
+    """A port that nobody listens on now. Should another process take it before the engine does, that is restarted."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

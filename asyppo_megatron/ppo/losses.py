@@ -199,7 +199,9 @@ def high_entropy_clip(
     high_entropy: float = 0.4,
     fraction: float = 0.2,
 ) -> torch.Tensor:
-    """ASPO's clip range: wider for the floor(fraction n) highest-entropy tokens of each response of n tokens.
+    """ASPO's clip range (arXiv 2510.06062): wider for the highest-entropy tokens of each response.
+
+    These are floor(fraction n) of its n tokens.
 
     Args:
         entropies: f32 [T], nats.
@@ -301,7 +303,7 @@ def kl_loss(
 def positive_nll_loss(
     logprobs: torch.Tensor, positive: torch.Tensor, loss_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """VAPO's positive-example language-model loss (arXiv 2504.05118, section 4.3), to be minimised.
+    """VAPO's positive-example language-model loss (arXiv 2504.05118), to be minimised.
 
         L = -(sum over responses i of positive reward, over t of logprob_i,t) / (their number of tokens)
 

@@ -45,7 +45,7 @@ def cispo(
 def aspo(
     logprobs: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor, clip_low: Bound, clip_high: Bound
 ) -> torch.Tensor:
-    """ASPO: the importance weight of positive advantages is inverted, with a soft dual clip at 3.
+    """ASPO (arXiv 2510.06062): the weight of positive advantages is inverted, with a soft dual clip at 3.
 
         A < 0:   -max(r, 1 - clip_low) A,     where r > 3:    -3 A logprob
         A >= 0:  -r / sg(r)^2 A,              where 1/r > 3:  -3 A logprob,   0 where r > 1 + clip_high

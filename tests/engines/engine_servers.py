@@ -1,4 +1,4 @@
-"""Real SGLang servers for tests, started as the product starts them; on a CPU with the stand-in for SGLang's kernels."""
+"""Real SGLang servers for tests, started as the product starts them, with the stand-in for SGLang's CPU kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Stand-in for the CPU build of SGLang's kernels (not on the package index), in plain torch.
 
-With the backends `torch_native` and `pytorch` SGLang 0.5.23 calls two of its kernels on a CPU; both are here. Any other is
-refused by name when it is called. For tests: it is put on the servers' PYTHONPATH and belongs to no product.
+With the backends `torch_native` and `pytorch` SGLang 0.5.23 calls two of its kernels on a CPU; both are here. Any other
+is refused by name when it is called. For tests: it is put on the servers' PYTHONPATH and belongs to no product.
 """
 
 from __future__ import annotations
