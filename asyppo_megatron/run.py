@@ -84,7 +84,7 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
         size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
         weights_dir, scratch = choose_directory(config.weight_sync.dir, config.run_dir, size)
         store.set("weights_dir", str(weights_dir))
-        _report_skipped(handle.client.hello(), config)
+        _report_findings(handle.client.hello(), config)
     return Run(
         config=config,
         world=world,
@@ -100,7 +100,9 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
     )
 
 
-def _report_skipped(found: dict[str, Any], config: Config) -> None:
+def _report_findings(found: dict[str, Any], config: Config) -> None:
+    for name, protection in found["protections"].items():
+        logger.info("reward %s runs programs with: %s", name, protection)
     if found["num_skipped"]:
         logger.warning(
             "data.train: skipped %d of %d prompts, longer than rollout.max_prompt_tokens %d",

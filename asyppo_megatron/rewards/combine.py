@@ -74,6 +74,11 @@ class RewardSet:
                 verdicts[i][name], ends[i][name] = verdict, where
         return [self._combine(*row) for row in zip(samples, names, verdicts, ends, strict=True)]
 
+    def protections(self) -> dict[str, str]:
+        """How the rewards that run programs protect the machine, by name."""
+        found = {name: getattr(verifier, "protection", "") for name, (_, verifier) in self._rewards.items()}
+        return {name: text for name, text in found.items() if text}
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for _, verifier in self._rewards.values():

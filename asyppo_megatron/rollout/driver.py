@@ -91,6 +91,7 @@ class RolloutDriver:
         rewards = build_rewards(config, self._tokenizer)  # their processes import while the engine is built
         self._engine = build_engine(config)
         self._scorer = Scorer(self._engine, self._tokenizer, rewards)
+        self._protections = rewards.protections()
         self._threads = ThreadPoolExecutor(
             _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
         )
@@ -112,6 +113,7 @@ class RolloutDriver:
             "num_problems": sum(len(p.items) for p in self._problems.values()),
             "num_skipped": sum(p.skipped for p in self._problems.values()),
             "stop_token_ids": list(self._stops),
+            "protections": self._protections,
             "rollout_state": self._state,
         }
 
