@@ -49,6 +49,7 @@ def plan_micro_batches(
     dp_size: int,
     max_tokens: int,
     multiple: int = 1,
+    sequence_multiple: int = 1,
     fixed_size: bool = False,
 ) -> list[list[MicroBatch]]:
     """Pack the trajectories of one mini-batch into micro-batches, the same number on every data-parallel rank.
@@ -63,6 +64,7 @@ def plan_micro_batches(
         dp_size: data-parallel ranks.
         max_tokens: of a pack.
         multiple: every pack's length is padded to a multiple of this (tp under sequence parallelism).
+        sequence_multiple: so is every sequence's (2 cp under context parallelism); divides `multiple`.
         fixed_size: pad the packs of all ranks to one common size (pipelines).
 
     Returns:
@@ -70,14 +72,17 @@ def plan_micro_batches(
     """
     if dp_size < 1 or multiple < 1:
         raise ValueError(f"packing: got dp_size {dp_size} and multiple {multiple}, need at least 1 of both")
+    if multiple % sequence_multiple:
+        raise ValueError(f"packing: got multiple {multiple}, need a multiple of {sequence_multiple}, as of a sequence")
     capacity = max_tokens // multiple * multiple
     if capacity < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, need at least {multiple}, the multiple packs are padded to")
     indices = indices.cpu().long()
-    sizes = lengths(cu_seqlens)[indices].tolist()
+    padded = -(-lengths(cu_seqlens)[indices] // sequence_multiple) * sequence_multiple
+    sizes = padded.tolist()
     ranks = [_fullest_first(packs, sizes) for packs in _pack(sizes, capacity, dp_size)]
     common = max(sum(sizes[i] for i in packs[0]) for packs in ranks) if fixed_size else 0
-    return _build(ranks, indices, sizes, cu_seqlens, multiple, common)
+    return _build(ranks, indices, sizes, cu_seqlens, multiple, sequence_multiple, common)
 
 
 def _pack(sizes: list[int], capacity: int, dp_size: int) -> list[list[list[int]]]:
@@ -173,34 +178,47 @@ def _build(
     sizes: list[int],
     cu_seqlens: torch.Tensor,
     multiple: int,
+    sequence_multiple: int,
     common: int,
 ) -> list[list[MicroBatch]]:
     """Turn bins of positions in `indices` into micro-batches, padded to `multiple` and at least to `common`."""
     items = torch.tensor([i for rank in ranks for pack in rank for i in pack], dtype=torch.long)
     trajectories = indices[items]
     token_index = _token_index(cu_seqlens, trajectories)
-    longest_of_all = max(sizes, default=1)
+    real_sizes = lengths(cu_seqlens)[trajectories]
+    first_tokens = [0, *real_sizes.cumsum(0).tolist()]
+    longest_of_all = max(sizes, default=sequence_multiple)
     result: list[list[MicroBatch]] = []
-    first_item = first_token = 0
+    first_item = 0
     for rank in ranks:
         result.append([])
         for pack in rank:
-            real = [sizes[i] for i in pack]
-            total = sum(real)
+            padded_sizes = [sizes[i] for i in pack]
+            total = sum(padded_sizes)
             padded = -(-max(total, common, 1) // multiple) * multiple
-            dummies = _dummies(padded - total, max(real, default=longest_of_all))
-            cu = torch.tensor([0, *real, *dummies], dtype=torch.long).cumsum(0).to(torch.int32)
+            dummies = _dummies(padded - total, max(padded_sizes, default=longest_of_all))
+            cu = torch.tensor([0, *padded_sizes, *dummies], dtype=torch.long).cumsum(0).to(torch.int32)
+            of_pack = slice(first_item, first_item + len(pack))
+            first_token, end_token = first_tokens[of_pack.start], first_tokens[of_pack.stop]
             result[-1].append(
                 MicroBatch(
-                    trajectories=trajectories[first_item : first_item + len(pack)],
-                    token_index=token_index[first_token : first_token + total],
+                    trajectories=trajectories[of_pack],
+                    token_index=token_index[first_token:end_token],
                     cu_seqlens=cu,
-                    num_padding=padded - total,
-                    max_seqlen=max(real + dummies),
+                    num_padding=padded - (end_token - first_token),
+                    max_seqlen=max(padded_sizes + dummies),
+                    slots=_slots(cu, real_sizes[of_pack]) if sequence_multiple > 1 else None,
                 )
             )
-            first_item, first_token = first_item + len(pack), first_token + total
+            first_item = of_pack.stop
     return result
+
+
+def _slots(cu_seqlens: torch.Tensor, real_sizes: torch.Tensor) -> torch.Tensor:
+    """Positions in a pack of the real tokens of its sequences, which are padded at their ends, i64."""
+    total = int(real_sizes.sum())
+    shift = cu_seqlens[: len(real_sizes)].long() - (real_sizes.cumsum(0) - real_sizes)
+    return torch.repeat_interleave(shift, real_sizes, output_size=total).add_(torch.arange(total))
 
 
 def _dummies(padding: int, longest: int) -> list[int]:

@@ -54,9 +54,10 @@ def _model_errors(config: Config) -> list[str]:
         except ValueError as e:
             errors.append(f"{where}.model: {e}")
             continue
+        if spec.num_experts:
+            errors.append(f"{where}.model: got a mixture of experts, need a dense model; those are only converted")
         errors.extend(spec.layout_errors(layout, where))
-        if not any(path.glob("*.safetensors")):
-            errors.append(f"{where}.model: {path} has no *.safetensors file; convert the checkpoint first")
+        errors.extend(_weight_errors(where, path, spec))
         if limit > spec.max_position_embeddings:
             errors.append(
                 f"{where}.model: got {spec.max_position_embeddings} positions, need {limit} for rollout."
@@ -70,6 +71,19 @@ def _model_errors(config: Config) -> list[str]:
                 "it reads the actor's tokens"
             )
     return errors
+
+
+def _weight_errors(where: str, path: Path, spec: ModelSpec) -> list[str]:
+    """Every name, shape and byte count of a checkpoint; only the headers of its files are read."""
+    if not any(path.glob("*.safetensors")):
+        return [f"{where}.model: {path} has no *.safetensors file; convert the checkpoint first"]
+    from asyppo_megatron.convert.hf_io import HFCheckpoint, check_checkpoint  # needs torch, which not every check has
+
+    try:
+        check_checkpoint(HFCheckpoint(path), spec, "critic" if where.startswith("critics") else "actor")
+    except ValueError as e:
+        return [f"{where}.model: {e}"]
+    return []
 
 
 def _dataset_errors(where: str, path: Path, check: Callable[[Row], str]) -> list[str]:

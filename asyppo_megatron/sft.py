@@ -20,11 +20,12 @@ from asyppo_megatron.backend import init_distributed, prepare_megatron
 from asyppo_megatron.config import RoleConfig
 from asyppo_megatron.convert.export_hf import export_hf
 from asyppo_megatron.convert.load import load_hf
+from asyppo_megatron.kernels.policy import choose
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.parallel.process_groups import GroupRegistry, build_groups
 from asyppo_megatron.parallel.seeding import derive_seed
-from asyppo_megatron.roles.actor import score_tokens
+from asyppo_megatron.roles.policy_head import LogitsHead
 from asyppo_megatron.roles.role import Role, skip_optimizer_construction
 from asyppo_megatron.roles.runner import Pack
 from asyppo_megatron.types import PackedBatch, Trajectory, pack_trajectories
@@ -69,7 +70,7 @@ def run_supervised(tasks: Sequence[SupervisedTask], examples: Sequence[Example],
     mine: list[tuple[SupervisedTask, Role]] = []
     for task in tasks:
         layout = task.config.layout
-        groups = build_groups(ParallelLayout(task.config.ranks, tp=layout.tp, pp=layout.pp), registry)
+        groups = build_groups(ParallelLayout(task.config.ranks, tp=layout.tp, pp=layout.pp, cp=layout.cp), registry)
         if groups is None:
             skip_optimizer_construction()
             continue
@@ -88,6 +89,7 @@ def _train(task: SupervisedTask, role: Role, examples: Sequence[Example], seed: 
     """Token-mean negative log-likelihood of the responses; every rank draws the same batches."""
     generator = np.random.default_rng(derive_seed(seed, "supervised"))
     everything = torch.arange(task.batch_size)
+    head = LogitsHead(choose(device), role.groups, role.spec.vocab_size, 1.0)
     for step in range(task.steps):
         chosen = generator.integers(len(examples), size=task.batch_size)
         batch = supervised_batch([examples[i] for i in chosen], step, device)
@@ -100,7 +102,7 @@ def _train(task: SupervisedTask, role: Role, examples: Sequence[Example], seed: 
             labels: torch.Tensor = labels,
             count: torch.Tensor = count,
         ) -> tuple[torch.Tensor, Any]:
-            logprobs, _ = score_tokens(out, pack.gather(labels), role.groups, role.spec.vocab_size, 1.0, inplace=False)
+            logprobs, _ = head.scores(out, pack, pack.gather(labels))
             total = -torch.where(pack.gather(batch.loss_mask), logprobs, 0).sum() / count
             return total, total.detach()
 

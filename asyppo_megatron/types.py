@@ -151,9 +151,11 @@ class MicroBatch:
         trajectories: i64 [n], indices into the batch, in packed order; dummies are not listed.
         token_index: i64 [t], position in the batch's `[T]` of every real token of the pack, in order.
         cu_seqlens: i32 [n + d + 1], of the pack, dummy sequences at its end included.
-        num_padding: dummy tokens at the end (outside every loss): to a multiple of tp under sequence
-            parallelism, or up to the common size of a pipeline's packs.
+        num_padding: dummy tokens (outside every loss), at the end: to a multiple of tp under sequence
+            parallelism, or up to the common size of a pipeline's packs; under context parallelism at the end of
+            every sequence too, as part of it.
         max_seqlen: longest sequence of the pack, tokens.
+        slots: i64 [t], position in the pack of every real token; None where they are 0 to t - 1.
     """
 
     trajectories: torch.Tensor
@@ -161,6 +163,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor
     num_padding: int
     max_seqlen: int
+    slots: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from asyppo_megatron.backend import prepare_megatron
 from asyppo_megatron.config import Config, CriticConfig, RoleConfig
 from asyppo_megatron.convert.load import load_hf
+from asyppo_megatron.kernels.policy import choose
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.observability.timing import PhaseTimer
 from asyppo_megatron.parallel import exchange
@@ -48,6 +49,7 @@ class World:
         prepare_megatron()
         self.config, self.device, self.store, self.timer = config, device, store, timer
         self.rank = dist.get_rank()
+        self.operators = choose(device, config.kernels)
         registry = GroupRegistry()
         self.groups: dict[str, RoleGroups | None] = {
             name: build_groups(_layout(role), registry) for name, role in config.roles().items()
@@ -76,7 +78,9 @@ class World:
         rollout = config.rollout
         self.actor = Actor(
             role,
+            config.actor,
             config.ppo,
+            self.operators,
             temperature=rollout.temperature,
             seed=config.seed,
             max_response_tokens=rollout.max_response_tokens,
@@ -84,7 +88,9 @@ class World:
         if config.uses_reference:
             path = config.reference.model or config.actor.model
             spec = ModelSpec.from_hf(path)
-            self.reference = Reference(path, config.actor, spec, role.groups, temperature=rollout.temperature)
+            self.reference = Reference(
+                path, config.actor, spec, role.groups, self.operators, temperature=rollout.temperature
+            )
 
     def _build_critic(self, index: int, config: CriticConfig) -> None:
         is_shared = self.config.ppo.critic_data == "shared"
@@ -198,6 +204,7 @@ class World:
             importance_cap=ppo.importance_cap,
             kl_coef=ppo.kl.coef if ppo.kl.where == "reward" else 0.0,
             kl_kind=ppo.kl.kind,
+            estimate=self.operators.ensemble_gae,
         )
         if bool(exchange.disagreement(checksum(targets))):
             raise RuntimeError(

@@ -22,12 +22,20 @@ from asyppo_megatron.config.load import (
     parse_override,
 )
 from asyppo_megatron.config.rewards import RewardConfig, RewardModelConfig, SandboxConfig
-from asyppo_megatron.config.roles import CriticConfig, LayoutConfig, OptimizerConfig, ReferenceConfig, RoleConfig
+from asyppo_megatron.config.roles import (
+    ActorConfig,
+    CriticConfig,
+    LayoutConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RoleConfig,
+)
 from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig, WeightSyncConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
 
 __all__ = [
     "PAPER_SYSTEM_PROMPT",
+    "ActorConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -8,6 +8,8 @@ from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
 
+FUSED_LOSSES = ("ppo", "cispo", "aspo")  # tokens independent of each other, given (logprob, entropy)
+
 
 def cross_checks(config: Config) -> list[str]:
     """Everything that is wrong between sections; empty when nothing is."""
@@ -17,6 +19,7 @@ def cross_checks(config: Config) -> list[str]:
     errors.extend(_placement_errors(config))
     errors.extend(_algorithm_errors(config))
     errors.extend(reward_errors(config))
+    errors.extend(_fused_head_errors(config))
     if config.rollout.top_p < 1 and config.rollout.top_k == 1:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")
     errors.extend(engine_errors(config.rollout))
@@ -34,8 +37,6 @@ def _role_errors(name: str, role: RoleConfig, batch_size: int) -> list[str]:
     layout, ranks = role.layout, role.ranks
     where = name.replace("critic_", "critics.")
     size = layout.tp * layout.pp * layout.cp
-    if layout.cp > 1:
-        errors.append(f"{where}.layout.cp: got {layout.cp}, need 1; context parallelism is not supported yet")
     if not ranks or len(set(ranks)) != len(ranks) or min(ranks, default=0) < 0:
         errors.append(f"{where}.ranks: got {list(ranks)}, need distinct ranks >= 0")
     elif len(ranks) % size:
@@ -45,6 +46,12 @@ def _role_errors(name: str, role: RoleConfig, batch_size: int) -> list[str]:
         )
     if layout.sequence_parallel and layout.tp == 1:
         errors.append(f"{where}.layout.sequence_parallel: got true with tp 1, need tp > 1; leave it out")
+    least = 2 * layout.cp * (layout.tp if layout.sp else 1) if layout.cp > 1 else 1
+    if role.max_tokens_per_micro_batch < least:
+        errors.append(
+            f"{where}.max_tokens_per_micro_batch: got {role.max_tokens_per_micro_batch}, need at least {least} with "
+            f"cp {layout.cp} and tp {layout.tp} (every sequence is padded to a multiple of {2 * layout.cp}); raise it"
+        )
     if role.mini_batch_size is not None and (role.mini_batch_size > batch_size or batch_size % role.mini_batch_size):
         errors.append(
             f"{where}.mini_batch_size: got {role.mini_batch_size}, need a divisor of the {batch_size} responses of a "
@@ -52,6 +59,31 @@ def _role_errors(name: str, role: RoleConfig, batch_size: int) -> list[str]:
         )
     if role.optimizer.min_lr > role.optimizer.lr:
         errors.append(f"{where}.optimizer.min_lr: got {role.optimizer.min_lr} > lr {role.optimizer.lr}; lower it")
+    return errors
+
+
+def _fused_head_errors(config: Config) -> list[str]:
+    actor, ppo = config.actor, config.ppo
+    errors = []
+    if not actor.fused_head:
+        if actor.fused_head_fp32_logits:
+            errors.append("actor.fused_head_fp32_logits: got true without the fused head; set actor.fused_head=true")
+        return errors
+    if ppo.loss not in FUSED_LOSSES:
+        errors.append(
+            f"actor.fused_head: got true with ppo.loss {ppo.loss}, which needs sums over a response; need one of "
+            f"{', '.join(FUSED_LOSSES)}, or set actor.fused_head=false"
+        )
+    extras = {
+        "a KL term in the loss": ppo.kl.coef > 0 and ppo.kl.where == "loss",
+        "ppo.high_entropy_clip": ppo.high_entropy_clip is not None,
+        "ppo.positive_nll_coef": ppo.positive_nll_coef > 0,
+    }
+    errors.extend(
+        f"actor.fused_head: got true with {what}, which it does not compute; leave one of the two out"
+        for what, is_set in extras.items()
+        if is_set
+    )
     return errors
 
 

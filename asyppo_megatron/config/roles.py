@@ -73,6 +73,13 @@ class RoleConfig(Section):
         return len(self.ranks) // (self.layout.tp * self.layout.pp * self.layout.cp)
 
 
+class ActorConfig(RoleConfig):
+    # No logits in memory beyond a chunk of tokens; for ppo, cispo and aspo losses.
+    fused_head: bool = False
+    fused_head_chunk: int = Field(1024, ge=1)  # tokens
+    fused_head_fp32_logits: bool = False  # a chunk's logits in fp32 from bf16 operands
+
+
 class CriticConfig(RoleConfig):
     head_init: Literal["random", "zero"] = "random"  # used when the checkpoint has no value head
     value_clip: float | None = Field(None, gt=0)

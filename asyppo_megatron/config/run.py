@@ -10,7 +10,7 @@ from pydantic import Field
 from asyppo_megatron.config.algorithm import FilteringConfig, PPOConfig
 from asyppo_megatron.config.data import DataConfig, EvalConfig
 from asyppo_megatron.config.rewards import RewardConfig
-from asyppo_megatron.config.roles import CriticConfig, ReferenceConfig, RoleConfig
+from asyppo_megatron.config.roles import ActorConfig, CriticConfig, ReferenceConfig, RoleConfig
 from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
 from asyppo_megatron.config.section import Section
 
@@ -53,7 +53,7 @@ class Config(Section):
     num_steps: int = Field(500, ge=0)
     method: Method = "asyppo"
     critics_used: int | None = Field(None, ge=0)  # of those listed; None: as many as the method uses
-    actor: RoleConfig
+    actor: ActorConfig
     critics: tuple[CriticConfig, ...] = ()
     reference: ReferenceConfig = ReferenceConfig()
     ppo: PPOConfig = PPOConfig()
@@ -66,6 +66,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     logging: LoggingConfig = LoggingConfig()
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: Triton on a GPU, plain torch elsewhere
     collective_timeout_s: float = Field(1800.0, gt=0)
 
     @property

@@ -66,6 +66,6 @@ def _name_files(directory: Path) -> None:
     headers = {}
     for i, file in enumerate(files):
         name = file_name(i, len(files))
-        headers[name] = read_header(file)
+        headers[name] = {n: place.info for n, place in read_header(file).items()}
         file.rename(directory / name)
     write_index(directory, headers)

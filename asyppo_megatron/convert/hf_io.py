@@ -7,13 +7,12 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from asyppo_megatron.convert.safetensors_file import TensorInfo, read_header
+from asyppo_megatron.convert.raw_file import MappedFiles, Span
+from asyppo_megatron.convert.safetensors_file import Place, TensorInfo, read_header
 from asyppo_megatron.convert.table import Role, Shape, hf_tensors
 from asyppo_megatron.models.spec import ModelSpec
 
@@ -39,14 +38,14 @@ class HFCheckpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._infos: dict[str, TensorInfo] = {}
+        self._places: dict[str, Place] = {}
         self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._mapped = MappedFiles()
         index = self.path / INDEX
         weight_map = _read_index(index) if index.exists() else None
         for file in self._files(weight_map):
-            for name, info in read_header(file).items():
-                self._infos[name], self._file_of[name] = info, file
+            for name, place in read_header(file).items():
+                self._places[name], self._file_of[name] = place, file
         if weight_map is not None:
             self._check_index(weight_map)
 
@@ -66,36 +65,38 @@ class HFCheckpoint:
         for name, file in weight_map.items():
             if self._file_of.get(name) != self.path / file:
                 raise ValueError(f"{self.path / file}: {name}: not in this file, but {INDEX} says so; fetch both again")
-        extra = self._infos.keys() - weight_map.keys()
+        extra = self._places.keys() - weight_map.keys()
         for name in sorted(extra):
             raise ValueError(f"{self._file_of[name]}: {name}: in this file, but not in {INDEX}; fetch both again")
 
     @property
     def names(self) -> list[str]:
-        return list(self._infos)
+        return list(self._places)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._infos
+        return name in self._places
 
     def info(self, name: str) -> TensorInfo:
-        return self._infos[name]
+        return self._places[name].info
 
     def shape(self, name: str) -> Shape:
-        return self._infos[name].shape
+        return self._places[name].info.shape
 
     def file(self, name: str) -> Path:
         return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file: slicing it reads only the slice. Do not write to it."""
-        file = self._file_of[name]
-        if file not in self._open:
-            self._open[file] = safe_open(str(file), framework="pt")
-        return self._open[file].get_tensor(name)
+        place = self._places[name]
+        return self._mapped[self._file_of[name]].tensor(place.offset, place.info.dtype, place.info.shape)
+
+    def span(self, tensor: Tensor) -> Span | None:
+        """Where the bytes of something that was read, or of a part of it, lie; None where they were changed."""
+        return self._mapped.span(tensor)
 
     def close(self) -> None:
         """Drop the mappings; tensors that are still held stay valid."""
-        self._open.clear()
+        self._mapped.close()
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asyppo_megatron.convert.names import checkpoint_keys
+from asyppo_megatron.convert.raw_file import MappedFiles, Span, prefault
 from asyppo_megatron.convert.rows import Kind
 from asyppo_megatron.convert.safetensors_file import TensorInfo
 from asyppo_megatron.convert.shards import merge, shard
@@ -50,6 +51,7 @@ class MegatronCheckpoint:
     def __init__(self, path: str | Path, spec: ModelSpec, role: Role = "actor", *, prefix: str = ""):
         self.path, self.spec, self.prefix = Path(path), spec, prefix
         self.entries = entries(spec, role)
+        self._mapped = MappedFiles()
         stored = read_metadata(self.path)
         self._stored: dict[str, Stored] = {}
         self._index: dict[str, Shape] = {}
@@ -103,10 +105,16 @@ class MegatronCheckpoint:
     def read_hf(self, name: str) -> list[Tensor]:
         """A parameter as its Hugging Face tensors; mapped where one chunk holds one. Do not write to them."""
         entry = self.entries[name]
+        if entry.kind is Kind.QKV:
+            return merge(entry.kind, [prefault(self._read(name, 0, None))], self.spec)
         if entry.kind is not Kind.GATE_UP:
             return merge(entry.kind, [self._read(name, 0, None)], self.spec)
         rows = entry.hf[0][1][0]
         return [self._read(name, 0, rows), self._read(name, rows, 2 * rows)]
+
+    def span(self, tensor: Tensor) -> Span | None:
+        """Where the bytes of something that was read, or of a part of it, lie; None where they were put together."""
+        return self._mapped.span(tensor)
 
     def _read(self, name: str, first: int, last: int | None) -> Tensor:
         """Rows [first, last) of a whole parameter, put together from its chunks."""
@@ -119,7 +127,7 @@ class MegatronCheckpoint:
             start, size = chunk.start[len(index) :], chunk.shape[len(index) :]
             if start[0] >= last or start[0] + size[0] <= first:
                 continue
-            part = read_chunk(self.path, chunk, stored.dtype)
+            part = read_chunk(self._mapped, self.path / chunk.file, chunk, stored.dtype)
             part = part[tuple(i - s for i, s in zip(index, chunk.start, strict=False))]
             part = part[max(first - start[0], 0) : last - start[0]]
             if part.shape == shape:
@@ -137,11 +145,24 @@ def _leading(name: str, spec: ModelSpec) -> tuple[str, Shape, Shape]:
     return key, index, (spec.num_layers, spec.num_experts)[: len(index)]
 
 
-def write_parameter(file: DataFile, entry: Entry, tensors: list[Tensor], tp: int, spec: ModelSpec) -> list[Chunk]:
-    """Append a parameter made of Hugging Face tensors, cut as `tp` ranks will read it."""
+def write_parameter(
+    file: DataFile,
+    entry: Entry,
+    tensors: list[Tensor],
+    tp: int,
+    spec: ModelSpec,
+    span: Callable[[Tensor], Span | None],
+) -> list[Chunk]:
+    """Append a parameter made of Hugging Face tensors, cut as `tp` ranks will read it.
+
+    Args:
+        span: where the bytes of a tensor lie in a file, if they do.
+    """
     key, index, _ = _leading(entry.name, spec)
     lead = (1,) * len(index)
     dim = 1 if entry.kind is Kind.ROW else 0
+    if entry.kind is Kind.QKV or (entry.kind is Kind.ROW and tp > 1):
+        tensors = [prefault(t) for t in tensors]  # these are rearranged, the others' bytes stay as they lie
     # Gate and up are stored one after the other, each cut by tp: Megatron's own layout of a gated layer.
     groups = [[t] for t in tensors] if entry.kind is Kind.GATE_UP else [tensors]
     kind = Kind.COLUMN if entry.kind is Kind.GATE_UP else entry.kind
@@ -157,7 +178,7 @@ def write_parameter(file: DataFile, entry: Entry, tensors: list[Tensor], tp: int
             start = [0] * part.dim()
             start[dim] = at
             at += part.shape[dim]
-            chunks.append(file.add(key, (*index, *start), (*lead, *part.shape), part))
+            chunks.append(file.add(key, (*index, *start), (*lead, *part.shape), part, span(part)))
     return chunks
 
 

@@ -38,7 +38,7 @@ def run_split(
     processes: int,
     progress: Progress,
 ) -> list[T]:
-    """Run `work(index, items, report)` in forked processes; `report(bytes)` after each item.
+    """Run `work(index, items, report)` in forked processes, a single one in this; `report(bytes)` after each item.
 
     Returns:
         What each returned, in order of items.
@@ -46,11 +46,14 @@ def run_split(
     Raises:
         ValueError, OSError: as the first process that failed raised it; the others are ended.
     """
+    parts = split(sizes, processes)
+    if len(parts) == 1:
+        return [_run_here(work, parts[0], progress)]
     running: dict[Connection, tuple[int, Any]] = {}
     results: dict[int, T] = {}
     done = 0
     try:
-        for index, items in enumerate(split(sizes, processes)):
+        for index, items in enumerate(parts):
             pipe, process = _start(work, index, items)
             running[pipe] = (index, process)
         while running:
@@ -69,6 +72,19 @@ def run_split(
         _end([process for _, process in running.values()])
     progress.close(done)
     return [results[i] for i in sorted(results)]
+
+
+def _run_here(work: Callable[[int, range, Callable[[int], None]], T], items: range, progress: Progress) -> T:
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.show(done)
+
+    result = work(0, items, report)
+    progress.close(done)
+    return result
 
 
 def _start(work: Callable[..., Any], index: int, items: range) -> tuple[Connection, Any]:

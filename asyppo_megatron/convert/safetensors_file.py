@@ -6,13 +6,9 @@ library writes whole files only, so the writer is here; tensors are read through
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import mmap
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyppo_megatron.convert.raw_file import Span, copy_at, named_os_errors, raw_bytes, write_at
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PAGE = 4096  # writing to the middle of one costs a fifth more
 _MAX_HEADER = 100 << 20  # the safetensors library's own limit
-_LIBC = ctypes.CDLL(None)
-_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels answer EINVAL, and pages come one by one
-# Larger writes get larger pages of the page cache, which a virtual machine may have to fetch from its host first:
-# 64 KiB pieces took 0.4 s a GB where 16 MiB pieces took 2.4 s.
-_PIECE = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -42,38 +36,6 @@ class TensorInfo:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-@contextmanager
-def named_os_errors(path: Path) -> Iterator[None]:
-    """Let a full disk say which file did not fit."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(e.errno, f"{e.strerror}; free space there or choose another directory", str(path)) from e
-        raise
-
-
-def prefault(tensor: Tensor) -> Tensor:
-    """Read a mapped tensor in one go: page by page costs twice the time of a conversion. A hint: it cannot fail."""
-    if tensor.numel():
-        first = tensor.data_ptr() & -mmap.PAGESIZE
-        last = tensor.data_ptr() + tensor.numel() * tensor.itemsize
-        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_POPULATE_READ)
-    return tensor
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor; contiguous ones are not copied."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done : done + _PIECE], offset + done)
-
-
 class SafetensorsFile:
     """One file whose tensors are known beforehand and written in any order, by any number of processes.
 
@@ -81,21 +43,23 @@ class SafetensorsFile:
         path: the file.
         tensors: every tensor in file order.
         create: write the header and set the size; False opens what another process created.
+        early: let the device begin with each tensor at once; for a file that will be synced.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], *, create: bool = True):
-        self.path, self.tensors = path, dict(tensors)
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], *, create: bool = True, early: bool = False):
+        self.path, self.tensors, self._early = path, dict(tensors), early
         header, self._offsets, size = self._layout()
         with named_os_errors(path):
             self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0), 0o644)
             if create:
-                pwrite_all(self._fd, memoryview(header), 0)
+                write_at(self._fd, memoryview(header), 0)
                 os.ftruncate(self._fd, size)
 
     def _layout(self) -> tuple[bytes, dict[str, int], int]:
+        """Header, place of every tensor, size. Tensors of whole pages come first and so begin on a page."""
         tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
-        for name, info in self.tensors.items():
+        for name, info in sorted(self.tensors.items(), key=lambda kv: kv[1].num_bytes % _PAGE > 0):
             offsets[name], end = end, end + info.num_bytes
             tree[name] = {
                 "dtype": _CODES[info.dtype],
@@ -103,19 +67,26 @@ class SafetensorsFile:
                 "data_offsets": [offsets[name], end],
             }
         text = json.dumps(tree, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % _PAGE)
         start = 8 + len(text)
         return len(text).to_bytes(8, "little") + text, {n: start + o for n, o in offsets.items()}, start + end
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; it must have the announced shape and dtype."""
+    def write(self, name: str, tensor: Tensor, span: Span | None = None) -> None:
+        """Write one tensor; it must have the announced shape and dtype.
+
+        Args:
+            span: where its bytes lie in a file, if they do: then they never enter this process.
+        """
         info = self.tensors[name]
         if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
             raise ValueError(
                 f"{self.path}: {name}: got {tuple(tensor.shape)} {tensor.dtype}, need {info.shape} {info.dtype}"
             )
         with named_os_errors(self.path):
-            pwrite_all(self._fd, raw_bytes(tensor), self._offsets[name])
+            if span is not None:
+                copy_at(self._fd, span, self._offsets[name], early=self._early)
+            else:
+                write_at(self._fd, raw_bytes(tensor), self._offsets[name], early=self._early)
 
     def close(self, *, sync: bool = False) -> None:
         """Close the file; `sync` waits until the bytes are on the device."""
@@ -130,12 +101,38 @@ class SafetensorsFile:
             self._fd = -1
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> info of a file's tensors, after checking that the file holds all their bytes.
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a file.
+
+    Attributes:
+        info: its shape and dtype.
+        offset: its first byte, counted from the beginning of the file.
+    """
+
+    info: TensorInfo
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Name -> place of a file's tensors, in file order, after checking that the file holds all their bytes.
 
     Raises:
         ValueError: not a safetensors file, truncated, or a dtype that no model here has.
     """
+    tree, start, size = _read_tree(path)
+    places = {name: _place(path, name, item, start) for name, item in tree.items() if name != "__metadata__"}
+    for name, place in places.items():
+        if place.offset + place.info.num_bytes > size:
+            raise ValueError(
+                f"{path}: {name}: got a file of {size} bytes, need {place.offset + place.info.num_bytes} to hold this "
+                f"tensor of {place.info.num_bytes}; the file is truncated, fetch it again"
+            )
+    return dict(sorted(places.items(), key=lambda kv: kv[1].offset))
+
+
+def _read_tree(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON header, where the tensors begin, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -147,19 +144,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ValueError(f"{path}: got {e.strerror}, need a readable safetensors file; fetch it again") from e
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: got no JSON header, need a safetensors file; fetch it again") from e
-    tree.pop("__metadata__", None)
-    infos = {}
-    for name, item in sorted(tree.items(), key=lambda kv: kv[1]["data_offsets"]):
-        if item["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{path}: {name}: got dtype {item['dtype']}, need one of {', '.join(DTYPES)}; "
-                "use a checkpoint that is not quantised"
-            )
-        infos[name] = TensorInfo(tuple(item["shape"]), DTYPES[item["dtype"]])
-        begin, end = item["data_offsets"]
-        if end - begin != infos[name].num_bytes or 8 + length + end > size:
-            raise ValueError(
-                f"{path}: {name}: got a file of {size} bytes, need {8 + length + end} to hold this tensor of "
-                f"{infos[name].num_bytes}; the file is truncated or damaged, fetch it again"
-            )
-    return infos
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: got a header that is no JSON object, need a safetensors file; fetch it again")
+    return tree, 8 + length, size
+
+
+def _place(path: Path, name: str, item: Any, start: int) -> Place:
+    """One line of a header, which a stranger wrote."""
+    try:
+        code, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        is_plain = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        is_plain = False
+    if not is_plain:
+        raise ValueError(f"{path}: {name}: got {item!r}, need dtype, shape and data_offsets; fetch the file again")
+    if code not in DTYPES:
+        raise ValueError(
+            f"{path}: {name}: got dtype {code}, need one of {', '.join(DTYPES)}; use a checkpoint that is not quantised"
+        )
+    info = TensorInfo(shape, DTYPES[code])
+    if end - begin != info.num_bytes:
+        raise ValueError(
+            f"{path}: {name}: got {end - begin} bytes, need {info.num_bytes} for {code} {list(shape)}; the file is "
+            "damaged, fetch it again"
+        )
+    return Place(info, start + begin)

@@ -53,7 +53,8 @@ def megatron_to_hf(
             _write(source, [table[i] for i in items], _open(partial, names, create=False), report)
 
         progress = Progress(f"{source.path.name} -> {target.name}", sum(sizes), quiet=quiet)
-        run_split(work, sizes, processes=processes or default_processes(), progress=progress)
+        # File systems let one process at a time write into a file: two would wait for each other.
+        run_split(work, sizes, processes=min(processes or default_processes(), len(plan)), progress=progress)
         write_index(partial, names)
         write_sidecars(config_path, partial, role, next(iter(infos.values())).dtype)
         if check is not None:
@@ -61,7 +62,7 @@ def megatron_to_hf(
 
 
 def _open(directory: Path, names: Mapping[str, Mapping[str, TensorInfo]], *, create: bool) -> list[SafetensorsFile]:
-    return [SafetensorsFile(directory / name, tensors, create=create) for name, tensors in names.items()]
+    return [SafetensorsFile(directory / name, tensors, create=create, early=True) for name, tensors in names.items()]
 
 
 def _write(
@@ -73,7 +74,8 @@ def _write(
         done = 0
         for (name, _), tensor in zip(entry.hf, source.read_hf(entry.name), strict=True):
             info = file_of[name].tensors[name]
-            file_of[name].write(name, tensor.to(info.dtype))
+            tensor = tensor.to(info.dtype)
+            file_of[name].write(name, tensor, source.span(tensor))
             done += info.num_bytes
         report(done)
     for file in files:

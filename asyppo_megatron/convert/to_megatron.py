@@ -15,7 +15,8 @@ from asyppo_megatron.convert.hf_io import HFCheckpoint, check_checkpoint, write_
 from asyppo_megatron.convert.megatron_io import write_checkpoint_metadata, write_objects, write_parameter
 from asyppo_megatron.convert.pool import default_processes, run_split
 from asyppo_megatron.convert.progress import Progress
-from asyppo_megatron.convert.safetensors_file import TensorInfo, prefault
+from asyppo_megatron.convert.raw_file import Span
+from asyppo_megatron.convert.safetensors_file import TensorInfo
 from asyppo_megatron.convert.table import Entry, Role, entries, hf_tensors
 from asyppo_megatron.convert.torch_dist import Chunk, DataFile
 from asyppo_megatron.models.spec import ModelSpec
@@ -70,11 +71,15 @@ class HFSource:
     def read(self, name: str) -> Tensor:
         """A tensor of this role, mapped from its file where it needs no change."""
         if name in self.checkpoint:
-            tensor = prefault(self.checkpoint.read(name))
+            tensor = self.checkpoint.read(name)
         else:
             weight, bias = initial_value_head(self.spec.hidden_size, self._head_seed)
             tensor = weight if name == "score.weight" else bias  # a head without a bias gets a zero one
         return tensor.to(self.info(name).dtype)
+
+    def span(self, tensor: Tensor) -> Span | None:
+        """Where the bytes of something that was read, or of a part of it, lie; None where they were changed."""
+        return self.checkpoint.span(tensor)
 
     def entry_dtype(self, entry: Entry) -> torch.dtype:
         """The one dtype of an entry's tensors."""
@@ -136,7 +141,7 @@ def _write(
     """Convert some parameters into one data file."""
     chunks = []
     for entry in entries:
-        chunks += write_parameter(file, entry, [source.read(n) for n, _ in entry.hf], tp, source.spec)
+        chunks += write_parameter(file, entry, [source.read(n) for n, _ in entry.hf], tp, source.spec, source.span)
         report(source.entry_bytes(entry))
     file.close()
     return chunks

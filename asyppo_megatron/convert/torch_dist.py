@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from asyppo_megatron.convert.safetensors_file import named_os_errors, prefault, pwrite_all, raw_bytes
+from asyppo_megatron.convert.raw_file import MappedFiles, Span, copy_at, named_os_errors, raw_bytes, write_at
 
-_ALIGNMENT = 64  # torch.save aligns data within an archive: with aligned archives a reader can map it
+_ALIGNMENT = 4096  # of a tensor's bytes: a reader can map them, and writing to the middle of a page costs a fifth more
 _BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 _ALLOWED_MODULES = {m.__name__: m for m in (filesystem, metadata, planner)}
 _ALLOWED_NAMES = {
@@ -155,9 +155,8 @@ class _Window(io.RawIOBase):
         return done
 
 
-def read_chunk(directory: Path, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """A chunk's tensor, mapped from the file where its archive is plain and aligned, else read. Do not write to it."""
-    path = directory / chunk.file
+def read_chunk(mapped: MappedFiles, path: Path, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    """A chunk's tensor, mapped from its file where its archive is plain and aligned, else read. Do not write to it."""
     try:
         with path.open("rb") as f:
             window = _Window(f, chunk.offset, chunk.length)
@@ -167,10 +166,7 @@ def read_chunk(directory: Path, chunk: Chunk, dtype: torch.dtype) -> Tensor:
                 return torch.load(window, map_location="cpu", weights_only=True).view(chunk.shape)
     except (zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path}: {chunk.key}: cannot be read ({e}); the file is damaged, fetch it again") from e
-    storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-    size = torch.Size(chunk.shape).numel()
-    flat = torch.tensor([], dtype=dtype).set_(storage, (chunk.offset + begin) // dtype.itemsize, (size,))
-    return prefault(flat).view(chunk.shape)
+    return mapped[path].tensor(chunk.offset + begin, dtype, chunk.shape)
 
 
 def _data_offset(window: _Window, size: int) -> int | None:
@@ -187,6 +183,38 @@ def _data_offset(window: _Window, size: int) -> int | None:
     return found[0].header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
+class _Archive:
+    """What `torch.save` writes around the bytes of one tensor: it sees this object as its file."""
+
+    def __init__(self) -> None:
+        self.head, self.tail = bytearray(), bytearray()
+        self.room = 0
+
+    def write(self, data: Any) -> int:
+        raw = memoryview(data).cast("B")
+        (self.tail if self.room else self.head).extend(raw)
+        return len(raw)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Leave room for the tensor; torch asks for nothing else."""
+        assert whence == os.SEEK_CUR and not self.room
+        self.room = offset
+        return len(self.head) + offset
+
+    def tell(self) -> int:
+        return len(self.head) + self.room + len(self.tail)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    @classmethod
+    def of(cls, content: Any) -> _Archive:
+        archive = cls()
+        with torch.serialization.skip_data():
+            torch.save(content, archive)
+        return archive
+
+
 class DataFile:
     """A data file that grows tensor by tensor."""
 
@@ -195,39 +223,40 @@ class DataFile:
         with named_os_errors(path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._end = 0
+        self._archives: dict[tuple[torch.dtype, tuple[int, ...]], _Archive] = {}  # every layer has the same few
 
-    def write(self, data: Any) -> int:
-        """Append raw bytes: `torch.save` sees this object as its file."""
-        view = memoryview(data).cast("B")
+    def _append(self, archive: _Archive, data: memoryview | Span | None) -> tuple[int, int]:
+        """Append an archive with `data` in the place of its tensor; (offset, length)."""
+        begin = -(-(self._end + len(archive.head)) // _ALIGNMENT) * _ALIGNMENT
+        offset = begin - len(archive.head)
         with named_os_errors(self.path):
-            pwrite_all(self._fd, view, self._end)
-        self._end += len(view)
-        return len(view)
+            write_at(self._fd, memoryview(archive.head), offset)
+            if isinstance(data, Span):
+                copy_at(self._fd, data, begin, early=True)
+            elif data is not None:
+                write_at(self._fd, data, begin, early=True)
+            write_at(self._fd, memoryview(archive.tail), begin + archive.room)
+        self._end = offset + archive.tell()
+        return offset, archive.tell()
 
-    def flush(self) -> None:
-        """Nothing is buffered."""
+    def add(
+        self, key: str, start: tuple[int, ...], shape: tuple[int, ...], tensor: Tensor, span: Span | None = None
+    ) -> Chunk:
+        """Append a chunk; contiguous tensors are not copied, views are not saved with what they are views of.
 
-    def _append(self, content: Any) -> tuple[int, int]:
-        with named_os_errors(self.path):
-            offset = self._end = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-            try:
-                torch.save(content, self)
-            except RuntimeError as e:  # torch's archive writer reports a failed write so
-                if isinstance(e.__context__, OSError):
-                    raise e.__context__ from None
-                raise OSError(
-                    None, f"write failed ({str(e).splitlines()[0]}); is the disk full?", str(self.path)
-                ) from e
-            return offset, self._end - offset
-
-    def add(self, key: str, start: tuple[int, ...], shape: tuple[int, ...], tensor: Tensor) -> Chunk:
-        """Append a chunk; contiguous tensors are not copied, views are not saved with what they are views of."""
-        exact = torch.frombuffer(raw_bytes(tensor), dtype=tensor.dtype).view(shape)
-        return Chunk(key, start, shape, self.path.name, *self._append(exact))
+        Args:
+            span: where the tensor's bytes lie in a file, if they do: then they never enter this process.
+        """
+        raw = raw_bytes(tensor)
+        archive = self._archives.get((tensor.dtype, shape))
+        if archive is None:
+            archive = _Archive.of(torch.frombuffer(raw, dtype=tensor.dtype).view(shape))
+            self._archives[tensor.dtype, shape] = archive
+        return Chunk(key, start, shape, self.path.name, *self._append(archive, raw if span is None else span))
 
     def add_object(self) -> Chunk:
         """Append the empty state object that Megatron keeps for each linear layer; the key is the caller's."""
-        return Chunk("", (), (), self.path.name, *self._append([None]))
+        return Chunk("", (), (), self.path.name, *self._append(_Archive.of([None]), None))
 
     def close(self) -> None:
         with named_os_errors(self.path):

@@ -64,7 +64,7 @@ def check_tensors(
 def is_small(spec: ModelSpec) -> bool:
     """Whether both models fit into memory side by side for a look at their logits."""
     elements = sum(torch.Size(s).numel() for s in hf_tensors(spec).values())
-    return 4 * elements <= SMALL_MODEL_BYTES and not spec.num_experts
+    return 4 * elements <= SMALL_MODEL_BYTES
 
 
 def check_logits(hf_dir: Path, megatron_dir: Path, spec: ModelSpec, *, critic: bool, prefix: str = "") -> float:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from asyppo_megatron.kernels.reference import EnsembleGAE
+from asyppo_megatron.ppo.ensemble_gae import EnsembleGAE
 
 BLOCK = 512
 AGGREGATES = ("mean", "min")

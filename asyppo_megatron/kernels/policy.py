@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-from asyppo_megatron.kernels import reference
-from asyppo_megatron.kernels.reference import SEPARABLE, EnsembleGAE, PolicyLoss
+from asyppo_megatron.kernels import linear_head, reference
+from asyppo_megatron.kernels.linear_head import LinearPolicyLoss
+from asyppo_megatron.kernels.reference import SEPARABLE, PolicyLoss
+from asyppo_megatron.ppo.ensemble_gae import EnsembleGAE
+from asyppo_megatron.ppo.ensemble_gae import ensemble_gae as reference_ensemble_gae
 from asyppo_megatron.ppo.logprob import logprob_entropy as reference_logprob_entropy
 
 CHOICES = ("auto", "triton", "reference")
@@ -28,13 +31,17 @@ class Operators:
         name: "triton" or "reference".
         logprob_entropy: as `ppo.logprob.logprob_entropy`.
         policy_loss: as `kernels.reference.policy_loss`, for any kind.
-        ensemble_gae: as `kernels.reference.ensemble_gae`.
+        ensemble_gae: as `ppo.ensemble_gae.ensemble_gae`.
+        linear_policy_loss: as `kernels.linear_head.linear_policy_loss`.
+        linear_logprob_entropy: as `kernels.linear_head.linear_logprob_entropy`.
     """
 
     name: str
     logprob_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     policy_loss: Callable[..., PolicyLoss]
     ensemble_gae: Callable[..., EnsembleGAE]
+    linear_policy_loss: Callable[..., LinearPolicyLoss]
+    linear_logprob_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def choose(device: torch.device | str, override: str = "auto") -> Operators:
@@ -55,12 +62,20 @@ def choose(device: torch.device | str, override: str = "auto") -> Operators:
     if override != "auto":
         log.info("operators on %s: %s, as the configuration says (the rule says %s)", device.type, name, usual)
     if name == "reference":
-        return Operators(name, reference_logprob_entropy, reference.policy_loss, reference.ensemble_gae)
+        return Operators(
+            name,
+            reference_logprob_entropy,
+            reference.policy_loss,
+            reference_ensemble_gae,
+            linear_head.linear_policy_loss,
+            linear_head.linear_logprob_entropy,
+        )
     _check_triton(device)
     from asyppo_megatron.kernels.ensemble_gae import ensemble_gae
+    from asyppo_megatron.kernels.linear_policy_loss import linear_logprob_entropy, linear_policy_loss
     from asyppo_megatron.kernels.logprob_entropy import logprob_entropy
 
-    return Operators(name, logprob_entropy, _policy_loss, ensemble_gae)
+    return Operators(name, logprob_entropy, _policy_loss, ensemble_gae, linear_policy_loss, linear_logprob_entropy)
 
 
 def _check_triton(device: torch.device) -> None:

@@ -6,14 +6,14 @@ response and stay with `ppo.losses`. Importing this module needs Triton.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from asyppo_megatron.kernels.reference import METRICS, SEPARABLE, PolicyLoss, token_weights
+from asyppo_megatron.kernels.reference import METRICS, PolicyLoss, Settings, check_settings, token_weights
 from asyppo_megatron.ppo.kl import MAX_LOG_RATIO
 from asyppo_megatron.ppo.surrogates import ASPO_DUAL_CLIP, Bound
 
@@ -145,27 +145,6 @@ def policy_loss_kernel(
     tl.store(out + 6, tl.sum(entropy, 0))
     tl.store(out + 7, tl.sum(tl.where(live, ratio, 0.0), 0))
     tl.store(out + 8, tl.sum((live & beyond).to(tl.float32), 0))
-
-
-class Settings(NamedTuple):
-    """What does not change from token to token."""
-
-    kind: str
-    entropy_coef: float
-    clip_low: Bound
-    clip_high: Bound
-    dual_clip: float | None
-
-
-def check_settings(settings: Settings, has_entropies: bool) -> None:
-    """A ValueError for what the kernel cannot compute."""
-    if settings.kind not in KINDS:
-        kinds = ", ".join(SEPARABLE)
-        raise ValueError(f"policy loss kernel: got {settings.kind!r}, need one of {kinds}; ppo.losses has the rest")
-    if settings.entropy_coef != 0.0 and not has_entropies:
-        raise ValueError(f"entropies: got None, need f32 [T] with entropy_coef {settings.entropy_coef}")
-    if settings.kind == "ppo" and settings.dual_clip is not None and settings.dual_clip <= 1.0:
-        raise ValueError(f"dual_clip: got {settings.dual_clip}, need more than 1 (3 is usual) or None")
 
 
 def loss_and_gradients(

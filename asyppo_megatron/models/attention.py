@@ -4,6 +4,9 @@ Where Transformer Engine is present its attention is used instead (`models/gpt.p
 variable-length flash attention reads the pack as it is. On a CPU, and in fp32, sequences are scattered into a
 dense [n, longest] block for `scaled_dot_product_attention` (11 ms where a loop over sequences takes 39 and
 a block mask 483, forward and backward, for 5k tokens); the index for that is made once a pack.
+
+Under context parallelism a rank has the queries of its chunks of every sequence and gathers the keys and values of
+the pack; their gradients are summed on the way back. That path is always dense, with a mask by position.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
-from .rope import inverse_frequencies, rotate
+from asyppo_megatron.models.rope import inverse_frequencies, rotate
+from asyppo_megatron.parallel.context import ContextSplit
 
 FLASH_MULTIPLE = 8  # of head dimensions that flash kernels accept
 
@@ -25,26 +29,49 @@ FLASH_MULTIPLE = 8  # of head dimensions that flash kernels accept
 class PackGeometry:
     """What attention derives from a pack's `cu_seqlens`; made once a pack, shared by all layers.
 
+    t tokens of this rank's queries, n sequences; keys differ from queries only under context parallelism.
+
     Attributes:
         positions: i64 [t], position of each token in its sequence.
-        slots: i64 [t], place of each token in the dense [n * longest] block.
-        shape: (n, longest).
+        slots: i64 [t], place of each token in the dense [n * longest] block of queries.
+        shape: (n, longest) of the queries.
+        key_slots: as `slots`, of the pack's keys.
+        key_shape: as `shape`, of the pack's keys.
+        split: how the pack is split over context parallelism, or None.
         rotary: cos and sin [t, 1, d] by dtype, filled on first use.
+        mask: bool [n, 1, longest, longest of the keys], which keys a query sees; filled on first use, with `split`.
     """
 
     positions: torch.Tensor
     slots: torch.Tensor
     shape: tuple[int, int]
+    key_slots: torch.Tensor
+    key_shape: tuple[int, int]
+    split: ContextSplit | None = None
     rotary: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
+
+    def visible(self) -> torch.Tensor:
+        """`mask`. A place without a query sees the first key, so that no row is empty."""
+        if self.mask is None:
+            n, longest = self.shape
+            at = torch.zeros(n * longest, dtype=torch.long, device=self.slots.device)
+            at[self.slots] = self.positions
+            keys = torch.arange(self.key_shape[1], device=at.device)
+            self.mask = (keys <= at.view(n, longest, 1)).unsqueeze(1)
+        return self.mask
 
 
-def packed_seq_params(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) -> PackedSeqParams:
+def packed_seq_params(
+    cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int, split: ContextSplit | None = None
+) -> PackedSeqParams:
     """Megatron's description of a pack, with our geometry attached.
 
     Args:
-        cu_seqlens: i32 [n + 1], on the compute device, dummy sequences included.
-        num_tokens: t, known on the host.
+        cu_seqlens: i32 [n + 1], on the compute device, dummy sequences included; of the whole pack.
+        num_tokens: of the whole pack, known on the host.
         max_seqlen: longest sequence, known on the host.
+        split: under context parallelism.
     """
     params = PackedSeqParams(
         qkv_format="thd",
@@ -59,7 +86,15 @@ def packed_seq_params(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int
         torch.arange(n, device=cu_seqlens.device), cu_seqlens[1:].long() - starts, output_size=num_tokens
     )
     positions = torch.arange(num_tokens, device=cu_seqlens.device) - starts[sequence]
-    params.geometry = PackGeometry(positions, sequence * max_seqlen + positions, (n, max_seqlen))
+    key_slots, key_shape = sequence * max_seqlen + positions, (n, max_seqlen)
+    if split is None:
+        params.geometry = PackGeometry(positions, key_slots, key_shape, key_slots, key_shape)
+        return params
+    size = num_tokens // split.positions.numel()
+    sequence = split.local(sequence)
+    offset = torch.arange(num_tokens // size, device=cu_seqlens.device) - (starts // size)[sequence]
+    slots = sequence * (max_seqlen // size) + offset
+    params.geometry = PackGeometry(split.local(positions), slots, (n, max_seqlen // size), key_slots, key_shape, split)
     return params
 
 
@@ -107,12 +142,16 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d]."""
+        """query [t, heads, d], key and value [t, kv heads, d] -> [t, heads * d], all of this rank's tokens."""
         if packed_seq_params is None:
             raise ValueError("attention: got no packed_seq_params, need a pack; every pass of a role is packed")
         geometry: PackGeometry = packed_seq_params.geometry
         cos, sin = self._rotary(geometry, query.dtype)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if geometry.split is not None:
+            # One collective over the context-parallel group a layer, called by every rank of it.
+            both = geometry.split.gather(torch.stack((key, value), 1), sum_gradients=True)
+            return self._dense(query, *both.unbind(1), geometry)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._varlen(query, key, value, packed_seq_params)
         return self._dense(query, key, value, geometry)
@@ -140,18 +179,17 @@ class PackedAttention(MegatronModule):
     def _dense(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, geometry: PackGeometry
     ) -> torch.Tensor:
-        n, longest = geometry.shape
-
-        def dense(x: torch.Tensor) -> torch.Tensor:
-            block = x.new_zeros(n * longest, *x.shape[1:]).index_copy(0, geometry.slots, x)
-            return block.view(n, longest, *x.shape[1:]).transpose(1, 2)
+        def dense(x: torch.Tensor, slots: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+            block = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, slots, x)
+            return block.view(*shape, *x.shape[1:]).transpose(1, 2)
 
         out = F.scaled_dot_product_attention(
-            dense(query),
-            dense(key),
-            dense(value),
-            is_causal=True,
+            dense(query, geometry.slots, geometry.shape),
+            dense(key, geometry.key_slots, geometry.key_shape),
+            dense(value, geometry.key_slots, geometry.key_shape),
+            attn_mask=None if geometry.split is None else geometry.visible(),
+            is_causal=geometry.split is None,
             scale=self.scale,
             enable_gqa=query.size(1) != key.size(1),
         )
-        return out.transpose(1, 2).reshape(n * longest, -1).index_select(0, geometry.slots)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, geometry.slots)

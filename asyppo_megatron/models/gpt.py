@@ -71,7 +71,7 @@ def transformer_config(
         num_attention_heads=spec.num_heads,
         num_query_groups=spec.num_kv_heads,
         kv_channels=spec.head_dim,
-        ffn_hidden_size=spec.ffn_hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size or spec.expert_ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=spec.rms_norm_eps,
         qk_layernorm=spec.qk_layernorm,
@@ -86,6 +86,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         calculate_per_token_loss=True,  # losses arrive divided by the global count: Megatron must not rescale them
         finalize_model_grads_func=finalize,
@@ -98,6 +99,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_recompute(recompute),
+        **_experts(spec),
     )
     config.asyppo_rope_theta, config.asyppo_rope_scaling = spec.rope_theta, spec.rope_scaling
     return config
@@ -109,6 +111,22 @@ def _recompute(mode: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective"} if mode == "selective" else {}
 
 
+def _experts(spec: ModelSpec) -> dict[str, Any]:
+    """A mixture of experts in every layer, each rank holding all of them; enough to look at a model's logits."""
+    if not spec.num_experts:
+        return {}
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_ffn_hidden_size": spec.expert_ffn_hidden_size,
+        # Weights of the chosen experts: their softmax among themselves, or among all experts and not renormalised.
+        "moe_router_pre_softmax": not spec.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp64",  # in any other, Megatron-Core 0.16 needs Transformer Engine
+        "moe_token_dispatcher_type": "allgather",  # the other one wants CUDA streams
+    }
+
+
 def _has_te_attention(config: TransformerConfig, spec: ModelSpec) -> bool:
     """Whether Transformer Engine has a kernel for these packs: its fused ones take neither fp32 nor odd head sizes."""
     return has_transformer_engine() and config.params_dtype == torch.bfloat16 and spec.head_dim % FLASH_MULTIPLE == 0
@@ -116,11 +134,15 @@ def _has_te_attention(config: TransformerConfig, spec: ModelSpec) -> bool:
 
 def _layer_specs(config: TransformerConfig, spec: ModelSpec, pp_rank: int) -> Any:
     if has_transformer_engine():
-        fused = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
+        fused = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=spec.num_experts or None, qk_layernorm=spec.qk_layernorm
+        )
         if not _has_te_attention(config, spec):
             fused.submodules.self_attention.submodules.core_attention = PackedAttention
         return fused
-    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=spec.num_experts or None, qk_layernorm=spec.qk_layernorm, normalization="RMSNorm"
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TorchRMSNorm
     attention = parts.self_attention.submodules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -77,3 +78,13 @@ class ParallelLayout:
     def output_ranks(self) -> list[int]:
         """For each dp index, the rank that holds the results of its forward passes (last stage, tp 0, cp 0)."""
         return [self.rank_at(Coordinates(0, 0, d, self.pp - 1)) for d in range(self.dp)]
+
+
+def pack_multiples(layout: ParallelLayout, sequence_parallel: bool) -> dict[str, int]:
+    """What the lengths of a pack and of its sequences must be multiples of, as `packing.plan_micro_batches` takes it.
+
+    Context parallelism cuts every sequence into 2 cp chunks; sequence parallelism cuts what a rank then has over tp.
+    """
+    each = 2 * layout.cp if layout.cp > 1 else 1
+    pack = layout.cp * layout.tp if sequence_parallel else 1
+    return {"multiple": math.lcm(each, pack), "sequence_multiple": each}

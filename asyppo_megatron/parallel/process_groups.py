@@ -100,7 +100,7 @@ def build_groups(layout: ParallelLayout, registry: GroupRegistry) -> RoleGroups 
     collection.pos_embd = single
     collection.intra_dist_opt = role
     collection.ep = collection.expt_tp = single
-    collection.tp_ep, collection.tp_ep_pp, collection.expt_dp = made["tp"], made["mp"], made["dp"]
-    collection.intra_dp_cp, collection.intra_expt_dp = made["dp_cp"], made["dp"]
+    collection.tp_ep, collection.tp_ep_pp, collection.expt_dp = made["tp"], made["mp"], made["dp_cp"]
+    collection.intra_dp_cp, collection.intra_expt_dp = made["dp_cp"], made["dp_cp"]
     collection.inter_dist_opt = collection.hcp = None
     return RoleGroups(layout, layout.coordinates(rank), collection, role)

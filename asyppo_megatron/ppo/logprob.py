@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# exp() of anything below is 0.
+_ZERO_BELOW = {torch.float32: -110.0, torch.float64: -760.0}
+
 
 class _LogprobEntropy(torch.autograd.Function):
     """Saves one tensor of the logits' size (the local softmax); one max and one sum over `tp_group`."""
@@ -36,7 +39,8 @@ class _LogprobEntropy(torch.autograd.Function):
         owned = (index >= 0) & (index < num_valid)
         index = index.clamp(0, max(num_valid - 1, 0))
         picked = z.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(~owned, 0.0)
-        p = z.exp()
+        # p log p -> 0: a logit of -inf has probability 0 and adds nothing to the entropy, where 0 x -inf would be NaN.
+        p = z.clamp_(min=_ZERO_BELOW[z.dtype]).exp()
         stats = torch.stack([picked, p.sum(-1), torch.einsum("tv,tv->t", p, z)])
         if parallel:
             dist.all_reduce(stats, group=tp_group)
@@ -81,7 +85,7 @@ def logprob_entropy(
         vocab_start: global id of this shard's first column.
         num_valid: valid columns of this shard; those behind pad the vocabulary and are excluded.
         tp_group: group over which the vocabulary is split; None when it is not.
-        inplace: the logits may be overwritten.
+        inplace: the logits may be overwritten, once: by forward or by backward.
 
     Returns:
         logprobs [T] and entropies [T], nats, f32 (f64 for f64 logits). Rows whose gradients are both zero send

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from asyppo_megatron.ppo.advantages import GROUP_ADVANTAGES, gae, group_advantages, terminal_rewards
-from asyppo_megatron.ppo.ensemble import aggregate_values, uncertainty_masks, value_std
+from asyppo_megatron.ppo.ensemble import uncertainty_masks, value_std
+from asyppo_megatron.ppo.ensemble_gae import EnsembleGAE, ensemble_gae
 from asyppo_megatron.ppo.kl import MAX_LOG_RATIO, kl_estimate
 from asyppo_megatron.ppo.segments import segment_sum, token_sequences, zero_outside
 from asyppo_megatron.types import PackedBatch, Scores, Targets
@@ -13,6 +16,9 @@ from asyppo_megatron.types import PackedBatch, Scores, Targets
 ADVANTAGES = ("gae", *GROUP_ADVANTAGES)
 IMPORTANCES = ("none", "truncated", "masked")
 OLD_LOGPROBS = ("recomputed", "rollout")
+
+# `ensemble_gae`, or what computes the same.
+Estimate = Callable[..., EnsembleGAE]
 
 # Elements of a tensor that one step of the checksum widens to int64: a core's cache holds them.
 _CHECKSUM_CHUNK = 1 << 18
@@ -37,6 +43,7 @@ def compute_targets(
     importance_cap: float = 2.0,
     kl_coef: float = 0.0,
     kl_kind: str = "k1",
+    estimate: Estimate = ensemble_gae,
 ) -> Targets:
     """Advantages, returns and masks of a step (arXiv 2510.01656, Eq. 3-5, Algorithm 1 lines 5-6).
 
@@ -58,6 +65,7 @@ def compute_targets(
         importance_cap: cap of w.
         kl_coef: times the KL estimate to the reference, taken off every token's reward.
         kl_kind: its estimator, see `kl.kl_estimate`.
+        estimate: computes what `ensemble_gae` here does; on every rank the same one.
 
     Returns:
         `Targets`, 0 and false outside `loss_mask`. Its metrics are f32, 0-dim; a batch without a trainable
@@ -72,15 +80,19 @@ def compute_targets(
     reference = None if scores.reference_logprobs is None else zero_outside(scores.reference_logprobs, mask)
     rewards = _token_rewards(batch, old, reference, kl_coef, kl_kind)
     if advantage == "gae":
-        advantages, returns = _critic_advantages(batch, scores, rewards, gamma, lam, critic_lam, value_aggregate)
+        found = _critic_advantages(batch, scores, rewards, gamma, lam, critic_lam, value_aggregate, estimate)
+        advantages, returns, std = found.advantages, found.returns, found.std
     else:
         advantages, returns = _group_relative_advantages(batch, rewards, gamma, advantage)
+        std = _disagreement(scores.values, mask)
     if whiten:
         advantages = whitened(advantages, mask)
     # Held within the bound of the losses' ratios, so that one broken score cannot make every metric infinite.
     mismatch = (recomputed - rollout).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = _weighted(advantages, mismatch, importance, importance_cap)
-    std, advantage_mask, entropy_mask = _agreement(scores.values, mask, k, h)
+    if scores.values.shape[0] == 0 and (k > 0 or h > 0):
+        raise ValueError(f"masks k = {k}, h = {h}: got no critic's values, need critics that can disagree")
+    advantage_mask, entropy_mask = uncertainty_masks(std, mask, k=k, h=h)
     metrics = _batch_metrics(std, advantages, returns, mask, advantage_mask, entropy_mask)
     return Targets(
         old_logprobs=old,
@@ -132,15 +144,16 @@ def _critic_advantages(
     lam: float | torch.Tensor,
     critic_lam: float | None,
     value_aggregate: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    estimate: Estimate,
+) -> EnsembleGAE:
     """GAE on the corrected value (Eq. 3); returns under `critic_lam` where that is given."""
     if scores.values.shape[0] == 0:
         raise ValueError("advantage gae: got no critic's values, need at least one critic; or use grpo, dr_grpo, rloo")
-    value = aggregate_values(scores.values, value_aggregate)
-    advantages, returns = gae(rewards, value, batch.loss_mask, batch.cu_seqlens, gamma=gamma, lam=lam)
+    inputs = (scores.values, rewards, batch.loss_mask, batch.cu_seqlens)
+    found = estimate(*inputs, gamma=gamma, lam=lam, how=value_aggregate)
     if critic_lam is not None:
-        returns = gae(rewards, value, batch.loss_mask, batch.cu_seqlens, gamma=gamma, lam=critic_lam)[1]
-    return advantages, returns
+        found = found._replace(returns=estimate(*inputs, gamma=gamma, lam=critic_lam, how=value_aggregate).returns)
+    return found
 
 
 def _group_relative_advantages(
@@ -187,16 +200,9 @@ def _weighted(advantages: torch.Tensor, mismatch: torch.Tensor, importance: str,
     return advantages * torch.where(weight <= cap, weight, 0.0)
 
 
-def _agreement(
-    values: torch.Tensor, mask: torch.Tensor, k: float, h: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """sigma (0 without critics), I_A and I_H, each [T]."""
-    if values.shape[0] == 0:
-        if k > 0 or h > 0:
-            raise ValueError(f"masks k = {k}, h = {h}: got no critic's values, need critics that can disagree")
-        return torch.zeros(mask.shape, device=mask.device), mask, mask
-    std = value_std(values)
-    return std, *uncertainty_masks(std, mask, k=k, h=h)
+def _disagreement(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """sigma, f32 [T]; 0 without critics."""
+    return value_std(values) if values.shape[0] else torch.zeros(mask.shape, device=mask.device)
 
 
 def _mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from asyppo_megatron.ppo.segments import first_and_last
 from asyppo_megatron.ppo.targets import explained_variance, explained_variance_sums
 from asyppo_megatron.roles.role import Role
 from asyppo_megatron.roles.runner import Pack, scatter
+from asyppo_megatron.roles.sums import add_to
 from asyppo_megatron.types import PackedBatch, sequence_ids
 
 NUM_EV_SUMS = 5
@@ -32,7 +33,7 @@ class Critic:
     def values(self, batch: PackedBatch) -> torch.Tensor | None:
         """V_m of every position of the batch, f32 [T], on output ranks (zeros where another dp index has them)."""
         packs = self.role.runner.packs(batch, torch.arange(batch.num_trajectories))
-        results = self.role.runner.forward(packs, lambda out, pack: out.flatten())
+        results = self.role.runner.forward(packs, lambda out, pack: pack.whole(out.flatten()))
         return scatter(results, packs, batch.num_tokens) if self.role.groups.is_output else None
 
     def update(
@@ -80,14 +81,14 @@ class Critic:
         packs = self.role.runner.packs(batch, chosen)
 
         def loss(out: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, None]:
-            values, mask, target = out.flatten(), pack.gather(batch.loss_mask), pack.gather(returns)
+            values, mask, target = pack.whole(out.flatten()), pack.gather(batch.loss_mask), pack.gather(returns)
             clipping: dict[str, Any] = {}
             if self.value_clip is not None and old_values is not None:
                 clipping = {"value_clip": self.value_clip, "old_values": pack.gather(old_values)}
             total, _ = value_loss(values, target, mask, pack.cu_seqlens, **clipping)
             total = total / count
             if self.role.groups.is_output:
-                self._add(loss=total.detach())
+                add_to(self.sums, SUMS, loss=total.detach())
                 if ends is not None:
                     # Every trajectory is predicted here before it has been trained on.
                     places = [mask, *(pack.gather(end) for end in ends)]
@@ -98,11 +99,7 @@ class Critic:
         self.role.accumulate(packs, loss)
         norm, lr = self.role.step()
         if self.role.groups.is_lead:
-            self._add(updates=1, grad_norm=norm, lr=lr)
-
-    def _add(self, **values: Any) -> None:
-        for name, value in values.items():
-            self.sums[SUMS.index(name)] += value
+            add_to(self.sums, SUMS, updates=1, grad_norm=norm, lr=lr)
 
 
 def summarise(index: int, sums: dict[str, float]) -> dict[str, float]:

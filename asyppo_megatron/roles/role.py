@@ -98,17 +98,21 @@ class Role:
         self.optimizer.reload_model_params()
 
     def accumulate(
-        self, packs: Sequence[Pack], loss: Callable[[torch.Tensor, Pack], tuple[torch.Tensor, Any]]
+        self,
+        packs: Sequence[Pack],
+        loss: Callable[[torch.Tensor, Pack], tuple[torch.Tensor, Any]],
+        expect: Callable[[Pack], None] | None = None,
     ) -> list[Any]:
         """Gradients of one mini-batch into the (zeroed) gradient buffers, reduced over the role.
 
         Args:
             loss: maps a pack's output to its share of the mini-batch's loss, the global denominator applied,
                 and to what is to be collected.
+            expect: is told of a pack before its forward pass, on the last stage.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self.runner.run(packs, loss, forward_only=False)
+        return self.runner.run(packs, loss, expect, forward_only=False)
 
     def step(self) -> tuple[float, float]:
         """One optimizer step. Returns the gradient norm before clipping and the learning rate."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-LIMIT = timedelta(seconds=30)  # of a collective whose other ranks have failed
+LIMIT = timedelta(seconds=120)  # of a collective whose other ranks have failed
 VOCAB = 131  # a prime: padded in every layout with tp > 1
 HEADS = {
     "num_attention_heads": 8,
@@ -258,7 +258,7 @@ def all_cases(
     return results
 
 
-def run_world(ranks: int, directory: Path, work: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_world(ranks: int, directory: Path, work: Callable[..., Any], *args: Any, timeout_s: float = 1500) -> list[Any]:
     """Run `work(rank, ranks, directory, *args)` on gloo ranks forked from one process that has the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "asyppo_megatron.models.gpt", "asyppo_megatron.roles.runner"])

@@ -14,7 +14,7 @@ from parity_reference import Policy, Trainer, train_policy
 from parity_world import run_forked
 from safetensors.torch import load_file, save_file
 
-from asyppo_megatron.config import LayoutConfig, OptimizerConfig, PPOConfig, RoleConfig
+from asyppo_megatron.config import ActorConfig, LayoutConfig, OptimizerConfig, PPOConfig
 from asyppo_megatron.packing import mini_batches
 from asyppo_megatron.types import Targets
 
@@ -38,12 +38,15 @@ class Case:
     tied: bool
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     sp: bool | None = None
     distributed: bool = True
     recompute: str = "none"
     max_tokens: int = WHOLE
     precision: str = "fp32"
     reference: str = "whole"
+    fused: bool = False  # the head that keeps no logits, 7 tokens at a time
+    kernels: str = "auto"  # "triton" under its interpreter, in tests/kernels
 
 
 CASES = [
@@ -61,19 +64,40 @@ CASES = [
     Case("tp2-dp2-plain-optimizer", (0, 1, 2, 3), tied=False, tp=2, distributed=False),
     Case("tp2-pp2-sp-two-epochs-of-halves", (0, 1, 2, 3), tied=True, tp=2, pp=2, reference="halves"),
     Case("dp2-two-epochs-of-halves", (0, 1), tied=True, reference="halves", max_tokens=SMALL),
+    Case("cp2", (1, 3), tied=True, cp=2),
+    Case("cp2-dp2-small-micro-batches", (0, 1, 2, 3), tied=True, cp=2, max_tokens=SMALL),
+    Case("tp2-cp2-sp-untied-recompute", (0, 1, 2, 3), tied=False, tp=2, cp=2, recompute="full"),
+    Case("cp2-two-epochs-of-halves", (0, 1), tied=True, cp=2, reference="halves", max_tokens=SMALL),
+    Case("fused", (0,), tied=True, fused=True, max_tokens=SMALL),
+    Case("fused-tp2-no-sp", (0, 1), tied=False, tp=2, sp=False, fused=True),
+    Case("fused-tp2-pp2-sp", (0, 1, 2, 3), tied=True, tp=2, pp=2, fused=True, max_tokens=SMALL),
+    Case("fused-tp2-cp2-sp", (0, 1, 2, 3), tied=True, tp=2, cp=2, fused=True, max_tokens=SMALL),
+    Case("fused-tp2-dp2-plain-optimizer", (0, 1, 2, 3), tied=True, tp=2, distributed=False, fused=True),
+    Case("fused-two-epochs-of-halves", (0, 1), tied=False, reference="halves", fused=True, max_tokens=SMALL),
 ]
 BF16 = [
     Case("bf16-tp2", (0, 1), tied=True, tp=2, precision="bf16"),
     Case("bf16-tp2-pp2-sp", (0, 1, 2, 3), tied=True, tp=2, pp=2, precision="bf16"),
     Case("bf16-dp2", (0, 1), tied=True, precision="bf16"),
+    Case("bf16-fused-tp2-cp2-sp", (0, 1, 2, 3), tied=True, tp=2, cp=2, precision="bf16", fused=True),
 ]
 MATRIX = [
-    Case(f"tp{tp}-pp{pp}-{tied=}-{distributed=}-{recompute}-{tokens}", (0, 1, 2, 3), tied, tp, pp,
+    Case(f"tp{tp}-pp{pp}-cp{cp}-{tied=}-{distributed=}-{recompute}-{tokens}", (0, 1, 2, 3), tied, tp, pp, cp,
          distributed=distributed, recompute=recompute, max_tokens=tokens)
-    for tp, pp in [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
+    for tp, pp, cp in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2),
+                       (1, 1, 4)]
     for tied in (True, False)
     for distributed in (True, False)
     for recompute in ("none", "selective", "full")
+    for tokens in (WHOLE, SMALL)
+    if cp == 1 or recompute != "selective"
+] + [
+    Case(f"fused-tp{tp}-pp{pp}-cp{cp}-{tied=}-{distributed=}-{sp=}-{tokens}", (0, 1, 2, 3), tied, tp, pp, cp, sp,
+         distributed=distributed, max_tokens=tokens, fused=True)
+    for tp, pp, cp, sp in [(4, 1, 1, True), (4, 1, 1, False), (2, 2, 1, False), (1, 4, 1, None), (2, 1, 2, True),
+                           (1, 2, 2, None)]
+    for tied in (True, False)
+    for distributed in (True, False)
     for tokens in (WHOLE, SMALL)
 ]  # fmt: skip
 
@@ -139,7 +163,7 @@ def run_cases(device: torch.device, store: Any, directory: Path, cases: list[Cas
 
     registry = GroupRegistry()
     for case in cases:
-        groups = build_groups(ParallelLayout(case.ranks, tp=case.tp, pp=case.pp), registry)
+        groups = build_groups(ParallelLayout(case.ranks, tp=case.tp, pp=case.pp, cp=case.cp), registry)
         if groups is None:
             skip_optimizer_construction()
         else:
@@ -151,26 +175,30 @@ def run_case(case: Case, directory: Path, groups: Any) -> tuple[dict[str, torch.
     from parity_roles import Watch
 
     from asyppo_megatron.convert.load import load_hf
+    from asyppo_megatron.kernels.policy import choose
     from asyppo_megatron.models.spec import ModelSpec
     from asyppo_megatron.roles.actor import SUMS, Actor
     from asyppo_megatron.roles.role import Role
 
     path = model_path(directory, case.tied)
     halves = {"mini_batch_size": BATCH.num_trajectories // 2, "epochs": 2} if case.reference == "halves" else {}
-    config = RoleConfig(
+    config = ActorConfig(
         model=path,
         ranks=case.ranks,
-        layout=LayoutConfig(tp=case.tp, pp=case.pp, sequence_parallel=case.sp),
+        layout=LayoutConfig(tp=case.tp, pp=case.pp, cp=case.cp, sequence_parallel=case.sp),
         optimizer=OptimizerConfig(**OPTIMIZER, distributed=case.distributed),
         precision=case.precision,
         recompute=case.recompute,
         max_tokens_per_micro_batch=case.max_tokens,
+        fused_head=case.fused,
+        fused_head_chunk=7,
         **halves,
     )
     role = Role("actor", config, ModelSpec.from_hf(path), groups, value_head=False, total_updates=4)
     load_hf(role.module, role.spec, path, tp_rank=groups.at.tp, tp_size=case.tp)
     role.weights_changed()
-    actor = Actor(role, PPO, temperature=TEMPERATURE, seed=SEED, max_response_tokens=16)
+    operators = choose(role.device, case.kernels)
+    actor = Actor(role, config, PPO, operators, temperature=TEMPERATURE, seed=SEED, max_response_tokens=16)
     watch = Watch(role)
     tensors = actor.evaluate(BATCH)
     packs = role.runner.packs(BATCH, torch.arange(BATCH.num_trajectories))
@@ -196,7 +224,7 @@ def quick(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def matrix(directory: Path) -> Path:
-    run_forked(RANKS, directory, run_cases, directory, MATRIX, timeout_s=900)
+    run_forked(RANKS, directory, run_cases, directory, MATRIX, timeout_s=2400)
     return directory
 
 

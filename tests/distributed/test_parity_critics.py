@@ -28,7 +28,7 @@ PLACEMENT = {
     "actor": ((0, 1), {"tp": 2}, 64),
     "critic_0": ((0, 1, 2, 3), {"tp": 2, "pp": 2}, 80),
     "critic_1": ((2, 3), {}, 4096),
-    "critic_2": ((0,), {}, 4096),
+    "critic_2": ((0, 1), {"cp": 2}, 48),
 }
 ROLES = tuple(PLACEMENT)
 

@@ -45,13 +45,13 @@ def make_config(directory: Path, name: str) -> Config:
     actor: dict[str, Any] = {"ranks": "0-3", "layout": {"tp": 2, "pp": 2}, "optimizer": rates}
     critics: list[dict[str, Any]] = [
         {"ranks": "0-1", "layout": {"tp": 2}, "optimizer": {"lr": 3e-3, "decay": "linear"}},
-        {"ranks": "2-3", "optimizer": {"lr": 2e-3}},
+        {"ranks": "2-3", "layout": {"cp": 2}, "optimizer": {"lr": 2e-3}},
     ]
     if name == "untied":
-        actor |= {"layout": {"tp": 2}, "recompute": "full", "precision": "bf16"}
+        actor |= {"layout": {"tp": 2, "cp": 2}, "recompute": "full", "precision": "bf16", "fused_head": True}
         actor |= {"optimizer": rates | {"distributed": False}}
         critics[0] |= {"ranks": "0-3", "layout": {"tp": 2, "pp": 2}}
-        critics[1] |= {"ranks": "2", "recompute": "selective"}
+        critics[1] |= {"ranks": "2", "layout": {}, "recompute": "selective"}
     return Config(
         run_dir=directory / f"run-{name}",
         num_steps=2,

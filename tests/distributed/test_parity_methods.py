@@ -51,6 +51,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     max_tokens: int = WHOLE
+    cp: int = 1
     critic: tuple[int, ...] = (2, 3)
 
 
@@ -69,15 +70,17 @@ LAYOUTS = [
     Layout("tp2-pp2-sp", (0, 1, 2, 3), tp=2, pp=2),
     Layout("dp4-small", (0, 1, 2, 3), max_tokens=SMALL),
     Layout("tp2-dp2", (0, 1, 2, 3), tp=2, critic=(3,)),
+    Layout("tp2-cp2-small", (0, 1, 2, 3), tp=2, cp=2, max_tokens=SMALL),
 ]
 MATRIX = [
-    Layout(f"tp{tp}-pp{pp}-dp{count // (tp * pp)}-{tokens}", tuple(range(count)), tp, pp, tokens, (0,))
+    Layout(f"tp{tp}-pp{pp}-dp{count // (tp * pp)}-{tokens}", tuple(range(count)), tp, pp, tokens, critic=(0,))
     for count, tp, pp in [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 1, 2), (4, 1, 4), (4, 2, 2)]
     for tokens in (WHOLE, SMALL)
 ]
 DEFAULT = [(m, layout) for m in METHODS for layout in LAYOUTS[:2]] + [
     (METHODS[0], LAYOUTS[2]),
     (METHODS[2], LAYOUTS[2]),
+    *((m, LAYOUTS[3]) for m in METHODS if m.name in ("gspo", "vapo", "aspo", "asympo", "kl-loss")),
 ]
 SLOW = [(m, layout) for m in METHODS for layout in MATRIX]
 
@@ -89,7 +92,11 @@ def case_name(case: Any) -> str:
 def make_config(directory: Path, method: Method, layout: Layout | None = None) -> Config:
     layout = layout or Layout("one", (0,), critic=(0,))
     role = {"optimizer": OPTIMIZER, "precision": "fp32", "max_tokens_per_micro_batch": layout.max_tokens}
-    actor = {"model": directory / "actor", "ranks": layout.ranks, "layout": {"tp": layout.tp, "pp": layout.pp}}
+    actor = {
+        "model": directory / "actor",
+        "ranks": layout.ranks,
+        "layout": {"tp": layout.tp, "pp": layout.pp, "cp": layout.cp},
+    }
     tree = {
         "run_dir": directory / "run",
         "seed": SEED,

@@ -6,6 +6,7 @@ made of them are compared with `torch.equal`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,13 @@ class Recorder:
         self.calls += 1
         self.tensors[f"{prefix}/scores"] = scores.detach().clone()
         scores.register_hook(lambda grad: self.tensors.update({f"{prefix}/gradient": grad.clone()}))
-        total, count = self.loss(scores, *args, **kwargs)
-        self.tensors[f"{prefix}/sum"] = total.detach().clone()
-        return total, count
+        found = self.loss(scores, *args, **kwargs)
+        self.tensors[f"{prefix}/sum"] = found[0].detach().clone()
+        return found
 
 
 def run_role_code(device: torch.device, store: Any, directory: Path) -> None:
     from asyppo_megatron.observability.timing import PhaseTimer
-    from asyppo_megatron.roles import actor as actor_module
     from asyppo_megatron.roles import critic as critic_module
     from asyppo_megatron.world import World
 
@@ -78,7 +78,9 @@ def run_role_code(device: torch.device, store: Any, directory: Path) -> None:
     targets = world.targets(BATCH, scores)
     tensors = {"old_logprobs": scores.old_logprobs, "values": scores.values[0]}
     tensors |= {name: getattr(targets, name) for name in ("advantages", "returns", "advantage_mask")}
-    policy = actor_module.policy_loss = Recorder(actor_module.policy_loss, tensors, "actor")
+    head = world.actor.head
+    policy = Recorder(head.operators.policy_loss, tensors, "actor")
+    head.operators = replace(head.operators, policy_loss=policy)
     value = critic_module.value_loss = Recorder(critic_module.value_loss, tensors, "critic")
     steps: dict[str, list[int]] = {"actor": [], "critic_0": []}
     for name, role in world.roles.items():

@@ -104,8 +104,9 @@ def test_a_missing_section_is_named():
             "actor.ranks",
         ),
         (
-            {"actor": {"ranks": "0-1", "layout": {"cp": 2}}},
-            "actor.layout.cp: got 2, need 1; context parallelism is not supported yet",
+            {"actor": {"ranks": "0-3", "layout": {"cp": 2, "tp": 2}, "max_tokens_per_micro_batch": 7}},
+            "actor.max_tokens_per_micro_batch: got 7, need at least 8 with cp 2 and tp 2 (every sequence is padded to "
+            "a multiple of 4); raise it",
         ),
         ({"actor": {"ranks": [0, 0, 1, 1]}}, "actor.ranks: got [0, 0, 1, 1], need distinct ranks >= 0"),
         (

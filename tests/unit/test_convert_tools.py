@@ -15,7 +15,7 @@ import torch
 from convert_configs import FAMILIES, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 
-from asyppo_megatron.convert import pool, safetensors_file
+from asyppo_megatron.convert import pool, raw_file
 from asyppo_megatron.convert.cli import main
 from asyppo_megatron.convert.critic import initial_value_head
 from asyppo_megatron.convert.pool import run_split, split
@@ -51,6 +51,27 @@ def test_both_ways_are_exact(tmp_path: Path, family: str, tied: bool, dtype: tor
     assert convert("to-hf", "--megatron", megatron, "--out", back) == 0  # the role is in its config
     assert_equal(tensors_of(back), tensors)
     assert (back / "tokenizer.json").exists() and (back / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixture_of_experts_is_exact_both_ways(tmp_path: Path, ep: int, dtype: torch.dtype) -> None:
+    tensors = write_checkpoint(tmp_path / "hf", tiny_config("qwen3_moe"), dtype=dtype)
+    layout = ["--tp", 2, "--ep", ep]
+    assert convert("to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "m", *layout) == 0
+    assert convert("to-hf", "--megatron", tmp_path / "m", "--out", tmp_path / "h", *layout) == 0
+    assert_equal(tensors_of(tmp_path / "h"), tensors)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_mixture_of_experts_has_the_logits_of_transformers(tmp_path: Path, normalised: bool) -> None:
+    write_checkpoint(tmp_path / "hf", tiny_config("qwen3_moe", norm_topk_prob=normalised))
+    command = [sys.executable, "-m", "asyppo_megatron", "convert", "to-megatron", "--verify", *TWO]
+    command += ["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "tensors are equal, logits agree to" in done.stdout
 
 
 def test_result_loads_in_transformers_without_a_word(tmp_path: Path) -> None:
@@ -159,12 +180,24 @@ def test_full_disk_is_named_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = ("--megatron", tmp_path / "m") if direction == "to-hf" else ("--hf", tmp_path / "hf")
-    monkeypatch.setattr(safetensors_file.os, "pwrite", full)
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(raw_file.os, "pwrite", full)
+    monkeypatch.setattr(raw_file.os, "sendfile", full)
     assert convert(direction, *source, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "No space left on device; free space there" in error and ".out.partial" in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m"]
+
+
+def test_result_is_the_same_where_the_kernel_copies_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = write_checkpoint(tmp_path / "hf", tiny_config())
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(raw_file.os, "sendfile", refuse)
+    assert convert("to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "m", "--tp", 2) == 0
+    assert convert("to-hf", "--megatron", tmp_path / "m", "--out", tmp_path / "h") == 0
+    assert_equal(tensors_of(tmp_path / "h"), tensors)
 
 
 @pytest.mark.parametrize("victim", ["parent", "child"])

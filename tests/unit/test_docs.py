@@ -13,10 +13,11 @@ from asyppo_megatron import config
 from asyppo_megatron.cli import main
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-CRITICS_ONLY = "Critics only:"
+ACTOR_ONLY, CRITICS_ONLY = "Actor only:", "Critics only:"
 SECTIONS: dict[str, type[BaseModel]] = {
     "## Top level": config.Config,
     "## Roles": config.RoleConfig,
+    ACTOR_ONLY: config.ActorConfig,
     CRITICS_ONLY: config.CriticConfig,
     "### `layout`": config.LayoutConfig,
     "### `optimizer`": config.OptimizerConfig,
@@ -45,7 +46,7 @@ def documented() -> dict[str, dict[str, str]]:
     tables: dict[str, dict[str, str]] = {}
     section = ""
     for line in (DOCS / "configuration.md").read_text().splitlines():
-        if line.startswith("#") or line == CRITICS_ONLY:
+        if line.startswith("#") or line in (ACTOR_ONLY, CRITICS_ONLY):
             section = line
         elif match := re.fullmatch(r"\| `(\w+)` \| (.*?) \| .+ \|", line):
             tables.setdefault(section, {})[match[1]] = match[2]
@@ -82,7 +83,7 @@ def test_every_section_has_a_table():
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_table_names_every_key_with_its_default(section: str):
     fields = SECTIONS[section].model_fields
-    if section == CRITICS_ONLY:
+    if section in (ACTOR_ONLY, CRITICS_ONLY):
         fields = {name: field for name, field in fields.items() if name not in config.RoleConfig.model_fields}
     assert documented()[section] == {name: shown(field) for name, field in fields.items()}
 

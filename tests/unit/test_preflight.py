@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from asyppo_megatron.config import Config, ConfigError, build_config
+from asyppo_megatron.convert.safetensors_file import SafetensorsFile, TensorInfo
+from asyppo_megatron.convert.table import hf_tensors
+from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.preflight import check_run
 
 
@@ -30,7 +35,9 @@ def make_model(path: Path, *, weights: bool = True, tokenizer: bool = True, **ch
     }
     (path / "config.json").write_text(json.dumps({**config, **changes}))
     if weights:
-        (path / "model.safetensors").touch()
+        spec = ModelSpec.from_hf(path)
+        tensors = {n: TensorInfo(s, torch.float32) for n, s in hf_tensors(spec).items()}
+        SafetensorsFile(path / "model.safetensors", tensors).close()  # zeros
     if tokenizer:
         (path / "tokenizer.json").touch()
     return path
@@ -90,6 +97,24 @@ def test_missing_files_are_all_named_at_once(tree, tmp_path):
         "reward.answer_pattern: got 'no group', need a group (...) around the answer",
         "data.tokenizer: /nowhere has no tokenizer.json or tokenizer_config.json",
     ]
+
+
+def test_damaged_weights_are_named_by_file_and_tensor(tree, tmp_path):
+    actor, critic = tmp_path / "actor/model.safetensors", tmp_path / "critic"
+    size = actor.stat().st_size
+    os.truncate(actor, size - 1)
+    config = json.loads((critic / "config.json").read_text())
+    (critic / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    first, *others = errors_of(tree)
+    assert first.startswith(f"actor.model: {actor}: ") and f"got a file of {size - 1} bytes, need {size}" in first
+    wrong = f"{critic / 'model.safetensors'}: model.layers.0.mlp.gate_proj.weight: got shape (64, 32), need (48, 32)"
+    assert others == [f"critics.{m}.model: {wrong}" for m in (0, 1)]
+
+
+def test_a_mixture_of_experts_is_not_trained(tree, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    tree["actor"]["model"] = str(make_model(tmp_path / "moe", architectures=["Qwen3MoeForCausalLM"], **experts))
+    assert errors_of(tree) == ["actor.model: got a mixture of experts, need a dense model; those are only converted"]
 
 
 def test_wrong_rows_are_named_by_set_file_and_line(tree, tmp_path):

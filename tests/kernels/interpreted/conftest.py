@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# The layouts' parity with Hugging Face is tested with these kernels too.
+sys.path.append(str(Path(__file__).parents[2] / "distributed"))
 
 DEVICE = os.environ.get("ASYPPO_KERNEL_DEVICE", "cpu")
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from asyppo_megatron.kernels import ensemble_gae as module
-from asyppo_megatron.kernels import reference
 from asyppo_megatron.kernels.ensemble_gae import ensemble_gae
+from asyppo_megatron.ppo.ensemble_gae import ensemble_gae as reference_ensemble_gae
+from asyppo_megatron.ppo.targets import compute_targets
+from asyppo_megatron.types import PackedBatch, Scores
 
 NAN = float("nan")
 
@@ -20,7 +22,7 @@ def _several_blocks(monkeypatch):
 def compare(name, values, rewards, mask, cu_seqlens, **options):
     """Kernel in f32 against the reference in f64 on the same numbers, by absolute error."""
     wide = {k: v.cpu().double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    expected = reference.ensemble_gae(
+    expected = reference_ensemble_gae(
         values.cpu().double(), rewards.cpu().double(), mask.cpu(), cu_seqlens.cpu(), **wide
     )
     found = ensemble_gae(values, rewards, mask, cu_seqlens, **options)
@@ -106,3 +108,30 @@ def test_no_critic_and_unknown_aggregates_are_refused(device):
         ensemble_gae(values[:0], rewards, mask, cu_seqlens)
     with pytest.raises(ValueError, match="mean or min"):
         ensemble_gae(values, rewards, mask, cu_seqlens, how="max")
+
+
+def test_targets_of_a_step_are_the_same_with_the_kernel(device):
+    """`compute_targets` takes the kernel in place of its own estimate: values, deviations and so the masks agree."""
+    sizes = torch.tensor([9, 4, 12, 6])
+    total = int(sizes.sum())
+    mask = torch.rand(total) < 0.7
+    mask[sizes.cumsum(0) - 1] = False
+    batch = PackedBatch(
+        step=0,
+        policy_version=0,
+        tokens=torch.zeros(total, dtype=torch.int32, device=device),
+        cu_seqlens=torch.tensor([0, *sizes.cumsum(0).tolist()], dtype=torch.int32),
+        loss_mask=mask.to(device),
+        rollout_logprobs=-torch.rand(total, device=device),
+        rewards=torch.randn(4, device=device),
+        group_ids=torch.tensor([0, 0, 1, 1], device=device),
+        truncated=torch.zeros(4, dtype=torch.bool, device=device),
+    )
+    scores = Scores(-torch.rand(total, device=device), torch.randn(3, total, device=device))
+    options = {"gamma": 0.99, "lam": 0.9, "critic_lam": 1.0, "k": 0.2, "h": 0.2}
+    expected = compute_targets(batch, scores, **options)
+    found = compute_targets(batch, scores, estimate=ensemble_gae, **options)
+    torch.testing.assert_close(found.advantages, expected.advantages, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.returns, expected.returns, atol=1e-5, rtol=0)
+    assert torch.equal(found.advantage_mask, expected.advantage_mask)
+    assert torch.equal(found.entropy_mask, expected.entropy_mask)

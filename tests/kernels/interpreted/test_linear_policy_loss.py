@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from asyppo_megatron.kernels import reference
-from asyppo_megatron.kernels.linear_policy_loss import Head, linear_logprob_entropy, linear_policy_loss
+from asyppo_megatron.kernels import linear_head, reference
+from asyppo_megatron.kernels.linear_policy_loss import linear_logprob_entropy, linear_policy_loss
+from asyppo_megatron.kernels.reference import Head
 from asyppo_megatron.ppo.logprob import logprob_entropy
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 21, 24, 301, 320
@@ -14,15 +15,21 @@ OPTIONS = {"entropy_coef": 0.02, "clip_high": 0.28}
 SOFTMAX = {"temperature": 0.9, "num_valid": VOCABULARY}
 
 
-def make(device, dtype=torch.float32):
-    hidden = torch.randn(TOKENS, HIDDEN).to(dtype)
+@pytest.fixture(params=["triton", "reference"])
+def operator(request):
+    """The kernels' implementation, and that of plain torch."""
+    return linear_policy_loss if request.param == "triton" else linear_head.linear_policy_loss
+
+
+def make(device, dtype=torch.float32, tokens=TOKENS):
+    hidden = torch.randn(tokens, HIDDEN).to(dtype)
     weight = (torch.randn(PADDED, HIDDEN) * 0.6).to(dtype)
-    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    labels = torch.randint(0, VOCABULARY, (tokens,))
     exact, _ = logprob_entropy(hidden.double() @ weight.double().t(), labels, **SOFTMAX)
-    old = exact.float() + 0.3 * torch.randn(TOKENS)
-    masks = [torch.rand(TOKENS) < share for share in (0.8, 0.8, 0.7)]
-    tensors = (hidden, weight, labels, old, torch.randn(TOKENS), *masks)
-    return [x.to(device) for x in tensors], torch.tensor([0, 8, 9, TOKENS], dtype=torch.int32, device=device)
+    old = exact.float() + 0.3 * torch.randn(tokens)
+    masks = [torch.rand(tokens) < share for share in (0.8, 0.8, 0.7)]
+    tensors = (hidden, weight, labels, old, torch.randn(tokens), *masks)
+    return [x.to(device) for x in tensors], torch.tensor([0, 8, 9, tokens], dtype=torch.int32, device=device)
 
 
 def expected(tensors, cu_seqlens, **options):
@@ -37,10 +44,10 @@ def expected(tensors, cu_seqlens, **options):
     return loss, *torch.autograd.grad(loss.sum / loss.count, (hidden, weight)), logprobs.detach(), entropies.detach()
 
 
-def run(tensors, cu_seqlens, **options):
-    """LinearPolicyLoss of the kernel; hidden and weight become leaves."""
+def run(tensors, cu_seqlens, operator=linear_policy_loss, **options):
+    """LinearPolicyLoss; hidden and weight become leaves."""
     hidden, weight, labels, old, advantages, mask, advantage_mask, entropy_mask = tensors
-    return linear_policy_loss(
+    return operator(
         hidden.requires_grad_(), weight.requires_grad_(), labels, old, advantages, mask, cu_seqlens,
         advantage_mask=advantage_mask, entropy_mask=entropy_mask, **SOFTMAX, **options,
     )  # fmt: skip
@@ -51,11 +58,11 @@ def relative(x, y):
 
 
 @pytest.mark.parametrize("chunk", [5, 64])
-@pytest.mark.parametrize("kind", ["ppo", "cispo"])
-def test_loss_metrics_and_both_gradients_agree_with_float64(kind, chunk, device):
+@pytest.mark.parametrize("kind", ["ppo", "cispo", "aspo"])
+def test_loss_metrics_and_both_gradients_agree_with_float64(kind, chunk, operator, device):
     tensors, cu_seqlens = make(device)
     want = expected(tensors, cu_seqlens, kind=kind, **OPTIONS)
-    found = run(tensors, cu_seqlens, kind=kind, chunk=chunk, **OPTIONS)
+    found = run(tensors, cu_seqlens, operator, kind=kind, chunk=chunk, **OPTIONS)
     (found.sum / found.count).backward()
     errors = {
         "sum": relative(found.sum, want[0].sum.detach()),
@@ -72,12 +79,12 @@ def test_loss_metrics_and_both_gradients_agree_with_float64(kind, chunk, device)
     assert not tensors[1].grad[VOCABULARY:].any()
 
 
-def test_main_grad_receives_the_gradient_once_and_at_the_given_scale(device):
+def test_main_grad_receives_the_gradient_once_and_at_the_given_scale(operator, device):
     tensors, cu_seqlens = make(device)
     want = expected(tensors, cu_seqlens, **OPTIONS)
     main_grad = torch.ones(PADDED, HIDDEN, device=device)
     scale = 1.0 / want[0].count.item()
-    found = run(tensors, cu_seqlens, main_grad=main_grad, grad_scale=scale, chunk=8, **OPTIONS)
+    found = run(tensors, cu_seqlens, operator, main_grad=main_grad, grad_scale=scale, chunk=8, **OPTIONS)
     (found.sum * scale).backward()
     torch.testing.assert_close(main_grad.cpu().double() - 1.0, want[2], atol=1e-5, rtol=1e-4)
     assert tensors[1].grad.shape == (PADDED, HIDDEN) and not tensors[1].grad.any()
@@ -106,13 +113,13 @@ def test_bf16_hidden_and_weight_stay_within_what_bf16_allows(fp32_logits, device
     assert weight <= (0.02 if fp32_logits else 0.1)
 
 
-def test_nan_on_dead_tokens_hidden_states_included_reaches_no_gradient(device):
+def test_nan_on_dead_tokens_hidden_states_included_reaches_no_gradient(operator, device):
     tensors, cu_seqlens = make(device)
     mask = tensors[5]
     want = expected(tensors, cu_seqlens, **OPTIONS)
     for x in (tensors[0], tensors[3], tensors[4]):
         x[~mask] = float("nan")
-    found = run(tensors, cu_seqlens, chunk=8, **OPTIONS)
+    found = run(tensors, cu_seqlens, operator, chunk=8, **OPTIONS)
     (found.sum / found.count).backward()
     assert relative(tensors[0].grad, want[1]) <= 5e-6 and relative(tensors[1].grad, want[2]) <= 5e-6
     assert not tensors[0].grad[~mask].any()
@@ -127,9 +134,19 @@ def test_old_logprobs_without_gradients_are_those_of_the_loss(device):
     assert torch.equal(logprobs[mask], found.logprobs[mask]) and torch.equal(entropies[mask], found.entropies[mask])
 
 
-def test_zero_tokens_give_zero(device):
+def test_weights_of_the_caller_take_the_place_of_the_aggregation(operator, device):
+    tensors, cu_seqlens = make(device)
+    want = expected(tensors, cu_seqlens, **OPTIONS)
+    weights, count = reference.token_weights(tensors[5], cu_seqlens, "seq-mean-token-mean")
+    found = run(tensors, None, operator, token_weights=weights / count, chunk=8, **OPTIONS)
+    found.sum.backward()
+    assert found.count is None and relative(found.sum, want[0].sum.detach() / want[0].count) <= 5e-6
+    assert relative(tensors[0].grad, want[1]) <= 5e-6 and relative(tensors[1].grad, want[2]) <= 5e-6
+
+
+def test_zero_tokens_give_zero(operator, device):
     tensors, _ = make(device)
     empty = [tensors[0][:0], tensors[1], *(x[:0] for x in tensors[2:])]
-    found = run([x.detach() for x in empty], torch.zeros(1, dtype=torch.int32, device=device))
+    found = run([x.detach() for x in empty], torch.zeros(1, dtype=torch.int32, device=device), operator)
     found.sum.backward()
     assert found.sum == 0 and found.count == 0 and found.logprobs.shape == (0,)

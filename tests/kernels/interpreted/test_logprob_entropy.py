@@ -120,6 +120,26 @@ def test_rows_past_two_to_the_31_elements_are_addressed(device):
     torch.testing.assert_close(gradient.cpu().double(), expected[2], atol=4e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("operator", [logprob_entropy, reference.logprob_entropy], ids=["kernel", "reference"])
+def test_infinitely_unlikely_logits_have_probability_zero_and_no_entropy(operator, device):
+    logits = torch.randn(3, 40, device=device)
+    logits[0, 3:] = -INF  # three entries left
+    logits[1, 5] = -INF  # its own label
+    logits[2, 1:] = -INF  # certainty
+    labels = torch.tensor([1, 5, 0], device=device)
+    finite = torch.where(logits == -INF, -1e4, logits).double().requires_grad_()
+    expected = reference.logprob_entropy(finite, labels)
+    leaf = logits.requires_grad_()
+    logprobs, entropies = operator(leaf, labels)
+    assert logprobs[1] == -INF and logprobs[2] == 0 and entropies[2] == 0
+    torch.testing.assert_close(entropies.double(), expected[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(logprobs[[0, 2]].double(), expected[0][[0, 2]], atol=1e-6, rtol=0)
+    weights = torch.tensor([0.7, 0.0, -0.4], device=device)
+    (weights * logprobs.nan_to_num(neginf=0.0) + 2 * entropies).sum().backward()
+    (weights * expected[0] + 2 * expected[1]).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), finite.grad, atol=1e-6, rtol=0)
+
+
 def test_agrees_with_the_plain_torch_reference(device):
     logits, labels, a, b = make(5, 1234, device)
     labels.clamp_(max=1199)
