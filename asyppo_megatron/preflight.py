@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from asyppo_megatron.backend import has_gpu
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards.check import reward_errors
@@ -20,16 +19,7 @@ def check_run(config: Config) -> None:
         ConfigError: with everything that is missing or does not fit, at once.
     """
     errors = _model_errors(config)
-    if (
-        config.rollout.max_staleness
-        and config.rollout.engine == "embedded"
-        and not config.rollout.partial
-        and has_gpu()
-    ):
-        errors.append(
-            f"rollout.max_staleness: got {config.rollout.max_staleness} with engine embedded on a GPU that the ranks "
-            "train on, need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
-        )
+    errors.extend(_staleness_errors(config))
     train = [(f"data.sources {s.name}" if config.data.sources else "data.train", s) for s in config.data.all_sources]
     for where, item in [*train, *((f"data.eval {e.name}", e) for e in config.data.eval)]:
         errors.extend(_dataset_errors(where, item.path, row_check(config, item)))
@@ -39,6 +29,20 @@ def check_run(config: Config) -> None:
         errors.append(f"data.tokenizer: {tokenizer} has no tokenizer.json or tokenizer_config.json")
     if errors:
         raise ConfigError(errors)
+
+
+def _staleness_errors(config: Config) -> list[str]:
+    rollout = config.rollout
+    if not rollout.max_staleness or rollout.engine != "embedded" or rollout.partial:
+        return []
+    from asyppo_megatron.backend import has_gpu  # needs torch, which not every check has
+
+    if not has_gpu():
+        return []
+    return [
+        f"rollout.max_staleness: got {rollout.max_staleness} with engine embedded on a GPU that the ranks train on, need "
+        "engines on devices of their own; set rollout.engine sglang, or rollout.partial"
+    ]
 
 
 def _model_errors(config: Config) -> list[str]:
