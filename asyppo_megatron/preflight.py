@@ -40,8 +40,8 @@ def _staleness_errors(config: Config) -> list[str]:
     if not has_gpu():
         return []
     return [
-        f"rollout.max_staleness: got {rollout.max_staleness} with engine embedded on a GPU that the ranks train on, need "
-        "engines on devices of their own; set rollout.engine sglang, or rollout.partial"
+        f"rollout.max_staleness: got {rollout.max_staleness} with engine embedded on a GPU that the ranks train on, "
+        "need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
     ]
 
 

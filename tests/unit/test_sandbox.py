@@ -29,9 +29,9 @@ def code_config(**sandbox) -> RewardConfig:
         {
             "kind": "code",
             "workers": 2,
-            "timeout_s": 20.0,
+            "timeout_s": 40.0,
             "memory_gb": 0.25,
-            "sandbox": {"test_timeout_s": 2.0, "processes": 8, "file_mb": 4, "output_kb": 64, **sandbox},
+            "sandbox": {"test_timeout_s": 4.0, "processes": 8, "file_mb": 4, "output_kb": 64, **sandbox},
         }
     )
 
@@ -140,7 +140,7 @@ HOSTILE = {
         ("code_processes", "code_timeout"),  # their stacks may fill the address space first
     ),
     "huge memory": ("x = bytearray(1 << 40)", "code_memory"),
-    "memory that grows": ("x = []\nwhile True: x.append(bytearray(b'x' * (1 << 20)))", "code_memory"),
+    "memory that grows": ("x = []\nwhile True: x.append(bytearray(16 << 20))", "code_memory"),
     "memory of many processes": (
         "import os, time\nfor i in range(5):\n    if not os.fork():\n        x = b'x' * (100 << 20)\n"
         "        time.sleep(60)\ntime.sleep(60)",
