@@ -111,7 +111,7 @@ def extract_program(text: str) -> str | None:
     program: str | None = None
     language: str | None = None  # of the open block
     block: list[str] = []
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):  # splitlines would cut at characters that strings may hold
         if language is None:
             if line.startswith(FENCE):
                 language, block = line[len(FENCE) :].strip().lower(), []

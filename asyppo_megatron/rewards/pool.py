@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
+import struct
 import subprocess
 import time
 from collections import deque
@@ -123,6 +125,8 @@ class WorkerPool:
             cwd=self._directory,
         )
         theirs.close()
+        # A worker that does not read its job must not hold up this process: what is not taken in time is an OSError.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", math.ceil(self._timeout_s), 0))
         return Worker(process, Connection(ours.detach()), time.monotonic() + START_TIMEOUT_S)
 
     def _restart(self, slot: int) -> None:

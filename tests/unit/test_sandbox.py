@@ -56,6 +56,7 @@ def judge(reward: CodeReward, program: str, tests=ECHO) -> Verdict:
     [
         ("```python\nprint(1)\n```", "print(1)\n"),
         ("```\nprint(1)\n```", "print(1)\n"),
+        ("```python\r\nprint('\u2028\x0c')\r\n```\r\n", "print('\u2028\x0c')\n"),
         ("```py\nprint(1)\n```\nor\n```python\nprint(2)\n```", "print(2)\n"),
         ("```cpp\nint x;\n```", None),
         ("```python\nprint(1)\n```\n```text\noutput\n```", "print(1)\n"),

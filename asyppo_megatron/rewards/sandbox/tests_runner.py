@@ -96,7 +96,7 @@ class TestsRunner:
         """Empty where the test passes, else the cause."""
         jail.fresh_work_directory(self._mode, self._limits, self._uid, self._directory)
         if "assert" not in test:
-            watched = self._watch([*self._python, self._program], test["stdin"].encode(), None)
+            watched = self._watch([*self._python, self._program], test["stdin"].encode("utf-8", "replace"), None)
             return _cause(watched) or ("" if same_output(watched.output, test["stdout"]) else "wrong")
         number = secrets.token_hex(16)
         message = json.dumps([test["assert"], number]).encode()
