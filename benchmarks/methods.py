@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true", help=f"put the table into {DOCS}")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a run under way is ended too
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": {}}
     failed = []
     for seed in arguments.seeds.split(","):
@@ -97,8 +98,7 @@ def measure(config: Config, overrides: list[str], run_dir: Path, timeout_s: floa
             peak = watch(process, timeout_s)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)
+                end(process)
     if process.returncode:
         raise RuntimeError(f"ended with exit code {process.returncode}, see {run_dir / 'output.log'}")
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -141,6 +141,16 @@ def watch(process: subprocess.Popen[bytes], timeout_s: float) -> float:
         time.sleep(SAMPLE_S)
     process.wait(60)
     return peak
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a run and all of its processes."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def cpu_of_children() -> float:

@@ -30,8 +30,9 @@ from asyppo_megatron.config.roles import (
     ReferenceConfig,
     RoleConfig,
 )
-from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig, WeightSyncConfig
+from asyppo_megatron.config.rollout import RolloutConfig, SGLangConfig
 from asyppo_megatron.config.run import CheckpointConfig, Config, LoggingConfig
+from asyppo_megatron.config.weight_sync import WeightSyncConfig
 
 __all__ = [
     "PAPER_SYSTEM_PROMPT",

@@ -1,8 +1,7 @@
-"""Sections of generation and of the weights' way into the engines."""
+"""The section of generation."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -32,7 +31,7 @@ class SGLangConfig(Section):
     kept_mass_every: int = Field(32, ge=0)  # responses between two whose kept mass is measured; 0: none
     start_timeout_s: float = Field(900.0, gt=0)
     health_interval_s: float = Field(10.0, gt=0)
-    health_timeout_s: float = Field(60.0, gt=0)  # without an answer for so long an engine is hung
+    health_timeout_s: float = Field(120.0, gt=0)  # without an answer for so long an engine is hung
     max_restarts: int = Field(5, ge=0)  # of one engine within restart_window_s; then it is given up
     restart_window_s: float = Field(3600.0, gt=0)
     restart_backoff_s: float = Field(5.0, gt=0)  # before the first restart; doubled for each further one
@@ -60,8 +59,3 @@ class RolloutConfig(Section):
     on_update: Literal["carry", "requeue"] = "carry"  # responses under way when new weights come
     partial: bool = False  # generation rests while the ranks train
     max_mismatch: float | None = Field(None, gt=0)  # mean |logprob difference| of a step, nats
-
-
-class WeightSyncConfig(Section):
-    bucket_mb: int = Field(256, ge=1)
-    dir: Path | None = None  # None: shared memory when it has room, else the run directory

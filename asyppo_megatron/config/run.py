@@ -11,8 +11,9 @@ from asyppo_megatron.config.algorithm import FilteringConfig, PPOConfig
 from asyppo_megatron.config.data import DataConfig, EvalConfig
 from asyppo_megatron.config.rewards import RewardConfig
 from asyppo_megatron.config.roles import ActorConfig, CriticConfig, ReferenceConfig, RoleConfig
-from asyppo_megatron.config.rollout import RolloutConfig, WeightSyncConfig
+from asyppo_megatron.config.rollout import RolloutConfig
 from asyppo_megatron.config.section import Section
+from asyppo_megatron.config.weight_sync import WeightSyncConfig
 
 Method = Literal[
     "asyppo",
@@ -38,6 +39,7 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     async_save: bool = True
     at_end: bool = True
+    grace_s: float = Field(240.0, gt=0)  # of a step under way after a stop signal
     export_hf: bool = True  # Hugging Face model of the actor and the critics at the end
 
 

@@ -19,7 +19,7 @@ from asyppo_megatron.convert.pool import default_processes
 from asyppo_megatron.convert.table import Role
 from asyppo_megatron.convert.to_hf import megatron_to_hf
 from asyppo_megatron.convert.to_megatron import HFSource, Layout, hf_to_megatron
-from asyppo_megatron.convert.verify import check_logits, check_tensors, is_small
+from asyppo_megatron.convert.verify import check_logits, check_tensors, has_comparable_logits
 from asyppo_megatron.models.spec import ModelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "keep": None}
@@ -91,7 +91,7 @@ def _to_megatron(args: argparse.Namespace) -> None:
     def check(partial: Path) -> None:
         result = MegatronCheckpoint(partial, spec, role)
         count = check_tensors(source, result, processes=args.processes, quiet=args.quiet)
-        same = source.is_unchanged and is_small(spec)
+        same = source.is_unchanged and has_comparable_logits(spec)
         worst = check_logits(args.hf, partial, spec, critic=role == "critic") if same else None
         _say(_verified(count, worst))
 
@@ -117,7 +117,9 @@ def _to_hf(args: argparse.Namespace) -> None:
     def check(partial: Path) -> None:
         result = HFCheckpoint(partial)
         count = check_tensors(result, source, processes=args.processes, quiet=args.quiet, to_hf_dtype=dtype)
-        same = is_small(spec) and all(source.info(n).dtype == (dtype or source.info(n).dtype) for n in source.entries)
+        same = has_comparable_logits(spec) and all(
+            source.info(n).dtype == (dtype or source.info(n).dtype) for n in source.entries
+        )
         worst = None
         if same:
             worst = check_logits(partial, args.megatron, spec, critic=role == "critic", prefix=args.prefix)

@@ -73,7 +73,7 @@ class _Gather:
         return bucket
 
 
-def _emitted(model: nn.Module, spec: ModelSpec, role: Role) -> dict[str, Entry]:
+def emitted(model: nn.Module, spec: ModelSpec, role: Role) -> dict[str, Entry]:
     """Entries that this stage emits: a tied model's embedding comes from the first stage only."""
     table = stage_entries(model, spec, role)
     if spec.tied and role == "actor":
@@ -88,7 +88,7 @@ def stage_tensors(
     parameters = named_parameters(model)
     return {
         name: TensorInfo(shape, dtype or parameters[entry.name].dtype)
-        for entry in _emitted(model, spec, role).values()
+        for entry in emitted(model, spec, role).values()
         for name, shape in entry.hf
     }
 
@@ -100,7 +100,7 @@ def _pieces(
     parameters = named_parameters(model)
     bucket: list[_Piece] = []
     filled = 0
-    for entry in _emitted(model, spec, role).values():
+    for entry in emitted(model, spec, role).values():
         piece = _Piece(entry, parameters[entry.name])
         size = piece.parameter.numel() * tp * (dtype or piece.parameter.dtype).itemsize
         mixed = bucket and dtype is None and bucket[0].parameter.dtype != piece.parameter.dtype

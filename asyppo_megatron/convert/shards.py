@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -85,3 +86,60 @@ def merge(kind: Kind, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]
         return [torch.cat(parts) for parts in zip(*halves, strict=True)]
     full = shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=1 if kind is Kind.ROW else 0)
     return [full[: spec.vocab_size] if kind is Kind.VOCAB else full]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one tp rank's part of a Hugging Face tensor lies in the whole.
+
+    Attributes:
+        tensor: number of the tensor in table order.
+        dim: the axis that is cut.
+        start, length: along that axis.
+    """
+
+    tensor: int
+    dim: int
+    start: int
+    length: int
+
+
+def spans(kind: Kind, shapes: Sequence[tuple[int, ...]], tp_rank: int, tp: int, spec: ModelSpec) -> list[Span]:
+    """The parts that one tp rank's Megatron parameter holds of the full Hugging Face tensors; pure arithmetic.
+
+    Args:
+        shapes: full shapes of the tensors in table order.
+
+    Returns:
+        At most one span a tensor. A replicated parameter counts as rank 0's, rows that pad a vocabulary as nobody's.
+    """
+    if kind is Kind.REPLICATED:
+        return [Span(0, 0, 0, shapes[0][0])] if tp_rank == 0 else []
+    if kind is Kind.ROW:
+        size = shapes[0][1] // tp
+        return [Span(0, 1, tp_rank * size, size)]
+    if kind is Kind.VOCAB:
+        rows = spec.padded_vocab(tp) // tp
+        start = min(tp_rank * rows, spec.vocab_size)
+        length = min(start + rows, spec.vocab_size) - start
+        return [Span(0, 0, start, length)] if length else []
+    return [Span(i, 0, tp_rank * (shape[0] // tp), shape[0] // tp) for i, shape in enumerate(shapes)]
+
+
+def parts(kind: Kind, shard: Tensor, tp_rank: int, tp: int, spec: ModelSpec) -> list[Tensor]:
+    """The data of `spans` in a rank's Megatron parameter: views, in the same order.
+
+    A query, key or value part is [groups, rows, ...]: reshaped to [groups * rows, ...] it is the span.
+    """
+    if kind is Kind.REPLICATED:
+        return [shard] if tp_rank == 0 else []
+    if kind is Kind.VOCAB:
+        rows = shard.shape[0]
+        length = min(tp_rank * rows + rows, spec.vocab_size) - min(tp_rank * rows, spec.vocab_size)
+        return [shard[:length]] if length else []
+    if kind is Kind.GATE_UP:
+        return list(shard.chunk(2))
+    if kind is Kind.QKV:
+        queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
+        return list(_by_group(shard, spec.num_kv_heads // tp).split((queries, spec.head_dim, spec.head_dim), dim=1))
+    return [shard]

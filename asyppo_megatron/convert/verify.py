@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,10 +62,15 @@ def check_tensors(
     return sum(run_split(work, sizes, processes=processes, progress=Progress("verify", sum(sizes), quiet=quiet)))
 
 
-def is_small(spec: ModelSpec) -> bool:
-    """Whether both models fit into memory side by side for a look at their logits."""
+def has_comparable_logits(spec: ModelSpec) -> bool:
+    """Whether both models fit into memory side by side for a look at their logits, and run here."""
+    from asyppo_megatron.backend import prepare_megatron
+
+    prepare_megatron()
+    from asyppo_megatron.models.gpt import can_run
+
     elements = sum(torch.Size(s).numel() for s in hf_tensors(spec).values())
-    return 4 * elements <= SMALL_MODEL_BYTES
+    return 4 * elements <= SMALL_MODEL_BYTES and can_run(spec)
 
 
 def check_logits(hf_dir: Path, megatron_dir: Path, spec: ModelSpec, *, critic: bool, prefix: str = "") -> float:
@@ -109,7 +115,8 @@ class _MegatronModel:
         from asyppo_megatron.parallel.process_groups import GroupRegistry, build_groups
 
         if not dist.is_initialized():  # a converter is a process of its own: nobody else will want a group
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            alone = dist.HashStore()
+            dist.init_process_group("gloo", store=alone, rank=0, world_size=1, timeout=timedelta(minutes=1))
         prepare_megatron()
         groups = build_groups(ParallelLayout((dist.get_rank(),)), GroupRegistry())
         assert groups is not None

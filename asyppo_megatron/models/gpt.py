@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -111,6 +112,11 @@ def _recompute(mode: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective"} if mode == "selective" else {}
 
 
+def can_run(spec: ModelSpec) -> bool:
+    """Whether this environment runs a model: the router of Megatron-Core 0.16 needs Transformer Engine."""
+    return not spec.num_experts or hasattr(moe_utils, "te_general_gemm")
+
+
 def _experts(spec: ModelSpec) -> dict[str, Any]:
     """A mixture of experts in every layer, each rank holding all of them; enough to look at a model's logits."""
     if not spec.num_experts:
@@ -122,7 +128,6 @@ def _experts(spec: ModelSpec) -> dict[str, Any]:
         # Weights of the chosen experts: their softmax among themselves, or among all experts and not renormalised.
         "moe_router_pre_softmax": not spec.norm_topk_prob,
         "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp64",  # in any other, Megatron-Core 0.16 needs Transformer Engine
         "moe_token_dispatcher_type": "allgather",  # the other one wants CUDA streams
     }
 

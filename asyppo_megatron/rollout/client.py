@@ -23,7 +23,7 @@ from asyppo_megatron.types import RunError
 
 CONNECT_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 600.0
-CALL_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 3600.0  # the engines' own deadlines come first, and say more
 ANSWER_TIMEOUT_S = 120.0  # for what the driver answers from memory
 CLOSE_TIMEOUT_S = 10.0
 
@@ -67,6 +67,13 @@ class DriverClient:
 
     def load_weights(self, path: Path, policy_version: int, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._call("load_weights", timeout_s, path=str(path), policy_version=policy_version)
+
+    def begin_update(self, timeout_s: float = CALL_TIMEOUT_S) -> list[str]:
+        """Tell the driver that the ranks bring weights to the engines; the engines' URLs."""
+        return self._call("begin_update", timeout_s)["urls"]
+
+    def end_update(self, policy_version: int, path: Path | None, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._call("end_update", timeout_s, policy_version=policy_version, path=str(path) if path else None)
 
     def start(self, step: int, policy_version: int) -> bool:
         """Begin a step's rollouts; whether they were taken from the journal."""

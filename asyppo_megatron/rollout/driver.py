@@ -25,6 +25,7 @@ from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards import build_rewards
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.buffer import Group, GroupBuffer
+from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
@@ -58,7 +59,7 @@ def build_engine(config: Config) -> Engine:
         return build_embedded_engine(config)
     from asyppo_megatron.rollout.sglang import SGLangEngine  # aiohttp comes with SGLang, which not every machine has
 
-    return SGLangEngine(config.rollout, ModelSpec.from_hf(config.actor.model).vocab_size)
+    return SGLangEngine(config.rollout, EngineFinder(config), ModelSpec.from_hf(config.actor.model).vocab_size)
 
 
 def build_embedded_engine(config: Config, model_dir: Path | None = None) -> EmbeddedEngine:
@@ -96,7 +97,7 @@ class RolloutDriver:
             _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
         )
         self._identity = StepIdentity(config, self._stops)
-        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness)
+        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness, config.num_steps)
         self._changed = threading.Condition(threading.RLock())
         self._wanted: int | None = None  # the step that was started last
         self._next: int | None = None  # the step whose batch leaves the buffer next; None: the one that is started
@@ -142,6 +143,17 @@ class RolloutDriver:
         start = time.monotonic()
         self._engine.load_weights(Path(path), policy_version)
         return {"seconds": time.monotonic() - start}
+
+    def begin_update(self) -> dict[str, Any]:
+        """The ranks are about to bring weights to the engines themselves; which engines there are."""
+        if not self._config.rollout.max_staleness:
+            self._require_idle("begin_update")
+        return {"urls": self._engine.begin_update()}
+
+    def end_update(self, policy_version: int, path: str | None = None) -> dict[str, Any]:
+        """They have; `path`: a directory that holds the same."""
+        self._engine.end_update(policy_version, Path(path) if path is not None else None)
+        return {}
 
     def pause(self) -> dict[str, Any]:
         """Stop generating where it is, for whoever changes the engines' weights or memory by another way."""
@@ -301,7 +313,8 @@ class RolloutDriver:
                 self._accept(groups, scores, wave)
                 self._journal_batches()
                 self._waves -= 1
-                self._fill()  # where groups were refused
+                if self._failure is None:
+                    self._fill()  # where groups were refused
                 self._changed.notify_all()
         except Exception as e:  # whatever it is, the trainer must hear of it
             log.exception("rollouts of step %d failed", self._next)

@@ -111,6 +111,12 @@ class EmbeddedEngine:
     def statistics(self) -> dict[str, float]:
         return {}
 
+    def begin_update(self) -> list[str]:
+        raise RuntimeError("embedded engine: takes weights from a directory only; call load_weights")
+
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
+        self.begin_update()
+
     def load_pretrained(self, policy_version: int = 0) -> None:
         """Take the weights that lie beside the config, which need no manifest."""
         files = sorted(self._model_dir.glob("*.safetensors"))

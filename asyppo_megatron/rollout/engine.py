@@ -83,6 +83,12 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
         """Completions as they finish, in any order."""
 
+    def begin_update(self) -> list[str]:
+        """Another transport is about to change the weights; where to."""
+
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
+        """It has brought weights of this version, which this directory has too."""
+
     def pause(self) -> None:
         """Stop generating where it is; on return nothing is computed any more."""
 

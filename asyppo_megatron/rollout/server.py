@@ -24,7 +24,18 @@ log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a Unix socket's address
 MAX_COMMAND_BYTES = 1 << 20
-COMMANDS = ("hello", "restore", "load_weights", "start", "wait", "evaluate", "pause", "resume")
+COMMANDS = (
+    "hello",
+    "restore",
+    "load_weights",
+    "start",
+    "wait",
+    "evaluate",
+    "begin_update",
+    "end_update",
+    "pause",
+    "resume",
+)
 
 
 def serve(config: Config, run_dir: Path, socket_path: Path) -> None:
@@ -85,8 +96,9 @@ def driver_main(config: Config, run_dir: Path, socket_path: Path, parent: int) -
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Its trainer ends it. Slurm signals every process of a job, and this one's workers inherit what it ignores.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     path = run_dir / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from asyppo_megatron.config import RolloutConfig
+from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.engine import Completion, GenerationRequest, read_weights_manifest
 from asyppo_megatron.rollout.sglang_pool import EngineError, ServerPool
 from asyppo_megatron.rollout.sglang_server import (
@@ -42,12 +43,13 @@ class SGLangEngine:
     have no effect: SGLang draws its own random numbers.
 
     Args:
-        config: sampling filters, concurrency, deadlines, addresses.
+        config: sampling filters, concurrency, deadlines.
+        finder: knows the servers of now.
         vocab_size: of the model; a token outside it would end a server.
     """
 
-    def __init__(self, config: RolloutConfig, vocab_size: int):
-        self._config, self._vocab_size = config, vocab_size
+    def __init__(self, config: RolloutConfig, finder: EngineFinder, vocab_size: int):
+        self._config, self._finder, self._vocab_size = config, finder, vocab_size
         self._version: int | None = None
         self._counts: Counter[str] = Counter()
         self._name = uuid.uuid4().hex[:12]  # request ids of this engine are nobody else's
@@ -59,13 +61,9 @@ class SGLangEngine:
 
     async def _open(self) -> tuple[aiohttp.ClientSession, ServerPool]:
         session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
-        pool = ServerPool(self._config.sglang, session, self._discover, _PAUSE_MODES[self._config.on_update])
+        pool = ServerPool(self._config.sglang, session, self._finder, _PAUSE_MODES[self._config.on_update])
         await pool.start()
         return session, pool
-
-    async def _discover(self, session: aiohttp.ClientSession) -> list[tuple[str, str]]:
-        """(url, incarnation) of every server there is now."""
-        return [(url.rstrip("/"), "") for url in self._config.sglang.urls]
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
@@ -85,21 +83,28 @@ class SGLangEngine:
         self._load(path, policy_version)
 
     def begin_update(self) -> list[str]:
-        """Another transport is about to pause the servers and change their weights; the URLs of those in use."""
-        return self._call(self._begin_update(), ANSWER_S)
+        """Another transport is about to pause the servers and change their weights; the URLs of those there are."""
+        return self._call(self._begin_update(), self._config.sglang.patience_s + _CALL_MARGIN_S)
 
     async def _begin_update(self) -> list[str]:
+        urls = await self._pool.found()
         self._pool.is_updating = True
-        return [s.url for s in self._pool.ready]
+        return urls
 
-    def end_update(self, policy_version: int) -> None:
+    def end_update(self, policy_version: int, path: Path | None = None) -> None:
         """It has brought weights of this version; servers that do not have them are used no more.
+
+        Args:
+            path: a directory of these weights, for servers that come back before the next update.
 
         Raises:
             EngineError: none has them.
         """
-        self._load(None, policy_version)
-        self._pool.is_updating = False
+        try:
+            self._load(None, policy_version)
+        finally:
+            self._pool.is_updating = False
+        self._pool.keep_at(path)
 
     def _load(self, path: Path | None, policy_version: int) -> None:
         config = self._config.sglang

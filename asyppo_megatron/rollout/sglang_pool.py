@@ -9,12 +9,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import aiohttp
 
 from asyppo_megatron.config import SGLangConfig
+from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.sglang_server import EngineFault, Server
 from asyppo_megatron.types import RunError
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 ANSWER_TIMEOUT_S = 60.0  # for what a server answers between two tokens
 FLUSH_TIMEOUT_S = 60.0
 WATCH_S = 0.5
+_SEARCH_S = 1.0  # between two looks for servers while none is ready
 
 
 class EngineError(RunError):
@@ -34,7 +35,7 @@ class ServerPool:
 
     Args:
         config: how patient to be.
-        discover: (url, incarnation) of the servers of now; those that are gone are dropped.
+        finder: knows the servers of now; those that are gone are dropped.
         pause_mode: what happens to requests under way when new weights come, in SGLang's words.
     """
 
@@ -42,10 +43,10 @@ class ServerPool:
         self,
         config: SGLangConfig,
         session: aiohttp.ClientSession,
-        discover: Callable[[aiohttp.ClientSession], object],
+        finder: EngineFinder,
         pause_mode: str,
     ):
-        self._config, self._session, self._discover, self._mode = config, session, discover, pause_mode
+        self._config, self._session, self._finder, self._mode = config, session, finder, pause_mode
         self._servers: dict[str, Server] = {}
         self._weights: tuple[Path | None, int] | None = None
         self._changed = asyncio.Condition()
@@ -79,7 +80,7 @@ class ServerPool:
         async with self._changed:
             while True:
                 now = time.monotonic()
-                usable = [s for s in self.ready if s.in_flight < self._config.max_concurrency and s.not_before <= now]
+                usable = [s for s in self.ready if self._takes_more(s, now)]
                 if usable:
                     server = min(usable, key=lambda s: s.in_flight)
                     server.in_flight += 1
@@ -88,13 +89,18 @@ class ServerPool:
                     raise EngineError(self._none_usable())
                 await self._changed.wait()  # the watch wakes all when nothing else does
 
+    def _takes_more(self, server: Server, now: float) -> bool:
+        is_free = server.in_flight < self._config.max_concurrency and server.not_before <= now
+        return is_free and not server.lock.locked()  # while its weights change, what it does must not change
+
     async def release(self, server: Server) -> None:
         server.in_flight -= 1
         async with self._changed:
             self._changed.notify(1)
 
     def _none_usable(self) -> str:
-        found = "; ".join(f"{s.url}: {s.reason}" for s in self._servers.values()) or "none is known"
+        lost = [f"{s.url}: {s.reason}" for s in self._servers.values() if not s.is_ready]
+        found = "; ".join([*lost, *self._finder.missing]) or "none is known"
         return (
             f"engines: none usable for {self._config.patience_s:.0f} s (rollout.sglang.patience_s): {found}; "
             "see the engines' logs"
@@ -110,11 +116,15 @@ class ServerPool:
         if not fault.is_lost:
             server.put_off()
         elif server.is_ready:
-            self.lost += 1
-            server.give_up(str(fault))
-            if not self.ready:
-                self._none_since = time.monotonic()
+            self._give_up(server, str(fault))
         await self._tell()
+
+    def _give_up(self, server: Server, reason: str) -> None:
+        was_ready = server.is_ready
+        server.give_up(reason)
+        self.lost += was_ready
+        if was_ready and not self.ready:
+            self._none_since = time.monotonic()
 
     # --- weights
 
@@ -137,12 +147,33 @@ class ServerPool:
             await asyncio.sleep(WATCH_S)
             await self._find_servers()
 
+    async def found(self) -> list[str]:
+        """Every server there is now, once there is one.
+
+        Raises:
+            EngineError: none appeared in time.
+        """
+        deadline = time.monotonic() + self._config.patience_s
+        await self._find_servers()
+        while not self._servers:
+            if time.monotonic() > deadline:
+                raise EngineError(self._none_usable())
+            await asyncio.sleep(_SEARCH_S)
+            await self._find_servers()
+        return list(self._servers)
+
+    def keep_at(self, path: Path | None) -> None:
+        """Where servers that come back find the current weights; None: nowhere until the next update."""
+        if path is not None and self._weights is not None:
+            self._weights = (path, self._weights[1])
+
     async def _bring(self, server: Server) -> None:
         """Make a server usable with the current weights, or note why it is not."""
         async with server.lock:
             assert self._weights is not None
             if not (server.is_ready and server.version == self._weights[1]):
                 await self._bring_alone(server, *self._weights)
+        await self._tell()  # only now that it takes requests again
 
     async def _bring_alone(self, server: Server, path: Path | None, version: int) -> None:
         try:
@@ -151,19 +182,14 @@ class ServerPool:
             elif (found := await self._held(server)) != str(version):
                 raise EngineFault(f"holds weights {found!r}, need {version}; they come with the next weight sync")
         except (EngineFault, ValueError) as e:
-            if server.is_ready:
-                self.lost += 1
             if server.reason != str(e):
                 log.warning("engine %s: %s", server.url, e)
-            server.give_up(str(e))
-            if not self.ready:
-                self._none_since = min(self._none_since, time.monotonic())
+            self._give_up(server, str(e))
             return
         if not server.is_ready:
             log.info("engine %s: ready with weights of version %d", server.url, version)
         server.version, server.is_ready, server.reason, server.failures = version, True, "", 0
         server.not_before = 0.0
-        await self._tell()
 
     async def _held(self, server: Server) -> str:
         info = await server.request(self._session, "/model_info", ANSWER_TIMEOUT_S, method="GET")
@@ -233,7 +259,7 @@ class ServerPool:
     # --- health
 
     async def _find_servers(self) -> None:
-        found: Sequence[tuple[str, str]] = await self._discover(self._session)  # type: ignore[misc]
+        found = await asyncio.to_thread(self._finder.find)
         for url, incarnation in found:
             server = self._servers.setdefault(url, Server(url, incarnation=incarnation))
             if server.incarnation != incarnation:
@@ -252,9 +278,12 @@ class ServerPool:
         while True:
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
-            if not self.ready or any(s.failures for s in self.ready):
+            if not self.ready or any(s.not_before > now - 2 * WATCH_S for s in self.ready):
                 await self._tell()
-            if now - searched > self._config.health_interval_s and self._weights is not None:
+            patience = self._config.health_interval_s if self.ready else _SEARCH_S
+            if self.is_updating:
+                continue
+            if now - searched > patience and self._weights is not None:
                 searched = now
                 await self._find_servers()
             for server in list(self._servers.values()):

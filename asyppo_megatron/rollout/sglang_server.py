@@ -125,13 +125,13 @@ class Server:
         self.not_before = time.monotonic() + min(0.25 * 2**self.failures, 30.0)
 
     async def probe(self, session: aiohttp.ClientSession, timeout_s: float) -> None:
-        """Make it generate a token.
+        """Ask something that its scheduler answers between two tokens, also while it is paused.
 
         Raises:
             EngineFault: it did not.
         """
-        with contextlib.suppress(ValueError):  # an answer is an answer
-            await self.request(session, "/health_generate", timeout_s, method="GET")
+        with contextlib.suppress(ValueError):  # a refusal is an answer
+            await self.request(session, "/server_info", timeout_s, method="GET")
 
 
 def request_body(request: GenerationRequest, *, version: int | None, wants_kept_mass: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 
 from asyppo_megatron.backend.scratch import SHARED_MEMORY, ScratchDirectory
-from asyppo_megatron.convert.export import hf_stream, stage_tensors
+from asyppo_megatron.convert.export import Bucket, hf_stream, stage_tensors
 from asyppo_megatron.convert.stages import leads, together, write_stage, write_together
 from asyppo_megatron.models.spec import ModelSpec
+from asyppo_megatron.types import RunError
 
 if TYPE_CHECKING:
     from asyppo_megatron.parallel.process_groups import RoleGroups
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 MANIFEST = "weights.json"
 _ROOM = 2.5  # the new version is written while the last one still lies there, and something must be left
 _VERSION = re.compile(r"v\d{8}")
+
+
+class PushError(RunError):
+    """Weights could not be written."""
 
 
 def choose_directory(config_dir: Path | None, run_dir: Path, bytes_needed: int) -> tuple[Path, ScratchDirectory | None]:
@@ -66,23 +72,28 @@ def push_to_directory(
     *,
     dtype: torch.dtype | None = None,
     bucket_bytes: int = 256 << 20,
+    observe: Callable[[Bucket], None] | None = None,
 ) -> Path:
     """Write one version of the actor's weights as safetensors files, one a pipeline stage, and drop the others.
 
     Collective over `groups.role`: every rank calls it; tp rank 0 of each stage of the first dp index writes. The
     version's directory appears when all files and its manifest are there.
 
+    Args:
+        observe: sees every bucket that this rank writes.
+
     Returns:
         The version's directory.
 
     Raises:
-        OSError: the disk is full (on every rank; nothing half-written is left, the last version stays).
+        PushError: the disk is full (on every rank; nothing half-written is left, the last version stays).
     """
     target = version_directory(directory, policy_version)
     device = next(model.parameters()).device
 
     def write(partial: Path) -> None:
         stream = hf_stream(model, spec, tp_group=groups.collection.tp, dtype=dtype, bucket_bytes=bucket_bytes)
+        stream = _watched(stream, observe) if observe is not None else stream
         plan = stage_tensors(model, spec, "actor", dtype) if groups.at.tp == 0 else {}
         write_stage(stream, plan, partial, f"stage-{groups.at.pp:05d}", max_file_bytes=sys.maxsize, sync=False)
 
@@ -90,10 +101,22 @@ def push_to_directory(
         files = sorted(f.name for f in partial.glob("*.safetensors"))
         (partial / MANIFEST).write_text(json.dumps({"policy_version": policy_version, "files": files}))
 
-    # Not durable: after a power loss the weights are pushed again.
-    write_together(target, groups, device, write, finish, force=True, durable=False)
-    together(groups.role, device, lambda: _remove_others(target) if leads(groups) else None)
+    try:
+        # Not durable: after a power loss the weights are pushed again.
+        write_together(target, groups, device, write, finish, force=True, durable=False)
+        together(groups.role, device, lambda: _remove_others(target) if leads(groups) else None)
+    except OSError as e:
+        raise PushError(
+            f"weight sync of policy version {policy_version}: cannot write to {directory}: {e}; what lay there "
+            "before is intact. Free space, or set weight_sync.dir to a larger disk"
+        ) from e
     return target
+
+
+def _watched(stream: Iterator[Bucket], observe: Callable[[Bucket], None]) -> Iterator[Bucket]:
+    for bucket in stream:
+        observe(bucket)
+        yield bucket
 
 
 def _remove_others(target: Path) -> None:

@@ -150,6 +150,30 @@ def test_the_first_step_in_fp32_agrees_with_the_cpu(data: Path, cpu_step, tmp_pa
         assert gpu[name] == cpu[name], name
 
 
+OPERATORS = {"triton": (), "reference": ("kernels=reference",), "fused head": ("actor.fused_head=true",)}
+
+
+@pytest.fixture(scope="module")
+def first_steps(data: Path, cpu_step, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The first step in fp32 on the GPU from the same rollouts, with every implementation of the operators."""
+    found = {}
+    for name, overrides in OPERATORS.items():
+        directory = tmp_path_factory.mktemp("operators")
+        shutil.copytree(cpu_step[0] / "rollouts", directory / "run/rollouts")
+        env = environment("torch", directory, gpu=True)
+        (found[name],) = train(data, directory / "run", env, "num_steps=1", *QUIET, *FP32, *overrides)
+    return found
+
+
+@pytest.mark.parametrize("name", ["triton", "fused head"])
+def test_kernels_and_the_head_without_logits_do_what_plain_torch_does(first_steps: dict[str, dict], name: str):
+    expected, row = first_steps["reference"], first_steps[name]
+    compared = ["loss/actor", "grad_norm/actor", "entropy", "approx_kl", "clip_fraction", "advantage_std"]
+    record(f"first step, fp32, [reference, {name}]", {key: [expected[key], row[key]] for key in compared})
+    for key in compared:
+        assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
 def memory_keys(row: dict) -> list[str]:
     return [name for name in row if name.startswith("memory/")]
 

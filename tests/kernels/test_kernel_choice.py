@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from asyppo_megatron.kernels import policy
 from asyppo_megatron.kernels.policy import choose
 from asyppo_megatron.ppo.logprob import logprob_entropy
+from asyppo_megatron.roles.policy_head import report_operators
 
 
 def test_a_cpu_runs_the_reference_and_says_nothing(caplog):
@@ -43,3 +45,12 @@ def test_kernels_on_a_cpu_are_refused_with_a_way_out(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="got device cpu, need cuda"):
         choose("cpu", "triton")
+
+
+@pytest.mark.parametrize(("name", "kind", "says"), [("triton", "gspo", True), ("triton", "ppo", False),
+                                                    ("reference", "gspo", False)])  # fmt: skip
+def test_a_loss_without_a_kernel_is_named(name, kind, says, caplog):
+    with caplog.at_level(logging.INFO):
+        report_operators("actor", replace(choose("cpu"), name=name), kind, fused=False)
+    assert (f"policy loss {kind} has no kernel" in caplog.text) == says
+    assert f"actor: operators {name}, logits head" in caplog.text

@@ -104,9 +104,28 @@ def test_a_missing_section_is_named():
             "actor.ranks",
         ),
         (
-            {"actor": {"ranks": "0-3", "layout": {"cp": 2, "tp": 2}, "max_tokens_per_micro_batch": 7}},
-            "actor.max_tokens_per_micro_batch: got 7, need at least 8 with cp 2 and tp 2 (every sequence is padded to "
-            "a multiple of 4); raise it",
+            {"actor": {"ranks": "0-3", "layout": {"cp": 2, "tp": 2}, "max_tokens_per_micro_batch": 3}},
+            "actor.max_tokens_per_micro_batch: got 3, need at least 4, which packs are padded to a multiple of with tp "
+            "2 and cp 2; raise it",
+        ),
+        (
+            {"actor": {"fused_head_fp32_logits": True}},
+            "actor.fused_head_fp32_logits: got true without the fused head; set actor.fused_head=true",
+        ),
+        (
+            {"actor": {"fused_head": True}, "ppo": {"kl": {"coef": 0.1}}},
+            "actor.fused_head: got true with a KL term in the loss, which it does not compute; leave one of the two "
+            "out",
+        ),
+        (
+            {"actor": {"fused_head": True}, "ppo": {"positive_nll_coef": 0.1}},
+            "actor.fused_head: got true with ppo.positive_nll_coef, which it does not compute; leave one of the two "
+            "out",
+        ),
+        (
+            {"actor": {"fused_head": True}, "ppo": {"loss": "gspo"}, "method": "custom"},
+            "actor.fused_head: got true with ppo.loss gspo, which needs sums over a response; need one of ppo, cispo, "
+            "aspo, or set actor.fused_head=false",
         ),
         ({"actor": {"ranks": [0, 0, 1, 1]}}, "actor.ranks: got [0, 0, 1, 1], need distinct ranks >= 0"),
         (

@@ -96,7 +96,7 @@ def test_hostile_responses_score_zero_and_the_next_is_still_right(verifier, text
     start = time.monotonic()
     bad, good = verifier.score_many([(text, "5"), (r"\boxed{5}", "5")])
     assert bad.reward == 0.0 and good == RIGHT
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced(verifier):

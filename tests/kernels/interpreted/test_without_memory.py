@@ -116,4 +116,9 @@ def test_no_operator_asks_the_device_for_a_value():
         )  # fmt: skip
     (loss.sum / loss.count).backward()
     assert hidden.grad.shape == hidden.shape and set(loss.metrics) == set(reference.METRICS)
+    fused = linear_policy_loss(
+        hidden, weight, labels, old, advantages, mask, None, token_weights=advantages, entropy_coef=0.01,
+        main_grad=torch.empty(VOCABULARY, HIDDEN, device="meta"),
+    )  # fmt: skip
+    fused.sum.backward()
     ensemble_gae.ensemble_gae(torch.empty(2, TOKENS, device="meta"), old, mask, cu_seqlens, lam=0.9)
