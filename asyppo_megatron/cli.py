@@ -153,8 +153,6 @@ def _no_command(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    from asyppo_megatron.launch.command import place_of, train_config
-
     if config.num_steps and not config.trains_policy:
         logging.warning(
             "no step of this run updates the policy: num_steps %d, ppo.critic_warmup_steps %d, ppo.policy_every %d",
@@ -162,6 +160,8 @@ def _train(arguments: argparse.Namespace) -> None:
             config.ppo.critic_warmup_steps,
             config.ppo.policy_every,
         )
+    from asyppo_megatron.launch.command import place_of, train_config
+
     train_config(config, place_of(arguments.nodes, arguments.node, arguments.rendezvous), arguments.job)
 
 
