@@ -3,7 +3,8 @@
     python benchmarks/methods.py [--methods asyppo,grpo] [--seeds 0,1,2] [--docs] [key=value ...]
 
 Runs one after another; what is in the result file already (of the same settings) is not run again, so an interrupted
-table goes on where it stopped; remove the file to measure all again. `asyppo demo` must have made the base models (runs/demo-data).
+table goes on where it stopped; remove the file to measure all again. `asyppo demo` must have made the base models
+(runs/demo-data).
 """
 
 from __future__ import annotations
