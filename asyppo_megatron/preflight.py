@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asyppo_megatron.backend import has_gpu
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards.exact import ExactMatch
@@ -22,12 +21,13 @@ def check_run(config: Config) -> None:
         config.rollout.max_staleness
         and config.rollout.engine == "embedded"
         and not config.rollout.partial
-        and has_gpu()
+        and _has_gpu()
     ):
         errors.append(
             f"rollout.max_staleness: got {config.rollout.max_staleness} with engine embedded on a GPU that the ranks "
             "train on, need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
         )
+    errors.extend(_kernel_errors(config.kernels))
     files = [("data.train", config.data.train), *((f"data.eval {e.name}", e.path) for e in config.data.eval)]
     for where, path in files:
         errors.extend(_dataset_errors(where, path))
@@ -41,6 +41,23 @@ def check_run(config: Config) -> None:
         errors.append(f"data.tokenizer: {tokenizer} has no tokenizer.json or tokenizer_config.json")
     if errors:
         raise ConfigError(errors)
+
+
+def _has_gpu() -> bool:
+    from asyppo_megatron.backend import has_gpu  # imports torch, which a check of files does without
+
+    return has_gpu()
+
+
+def _kernel_errors(choice: str) -> list[str]:
+    """Kernels that the configuration asks for, or that a GPU brings along, where they cannot run."""
+    from asyppo_megatron.kernels.policy import chosen_name
+
+    try:
+        chosen_name("cuda" if _has_gpu() else "cpu", choice)
+    except ValueError as e:
+        return [str(e)]
+    return []
 
 
 def _model_errors(config: Config) -> list[str]:
