@@ -101,7 +101,9 @@ def _acceleration(gpus: list[str]) -> Iterable[Row]:
     usable = torch.cuda.device_count() if gpus else 0
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None
     works = usable == len(gpus) or (hidden and usable > 0)
-    yield Row("CUDA of torch", str(torch.version.cuda), works, "torch does not see the GPUs: check the driver's version")
+    yield Row(
+        "CUDA of torch", str(torch.version.cuda), works, "torch does not see the GPUs: check the driver's version"
+    )
     if gpus:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
         yield Row("NCCL", nccl, nccl != "none", "install a torch with NCCL")
@@ -118,7 +120,9 @@ def _acceleration(gpus: list[str]) -> Iterable[Row]:
 
 def _engine(config: Config | None, gpus: list[str]) -> Iterable[Row]:
     sglang, wanted = version("sglang"), config is not None and config.rollout.engine == "sglang"
-    yield Row("SGLang", _text(sglang), sglang is not None or not wanted, "install the production lane, or engine=embedded")
+    yield Row(
+        "SGLang", _text(sglang), sglang is not None or not wanted, "install the production lane, or engine=embedded"
+    )
     if sglang is not None and gpus and importlib.util.find_spec("sgl_kernel") is None:
         yield Row("sgl_kernel", "not installed", not wanted, "install SGLang with its own requirements")
 
@@ -183,15 +187,20 @@ def _needs(config: Config, gpus: list[str]) -> Iterable[Row]:
     for name, role in config.roles().items():
         there = (role.model / "config.json").is_file()
         yield Row(f"model of {name}", str(role.model), there, "no config.json there: download the model")
-    yield Row("training data", str(config.data.train), config.data.train.is_file(), "make it with `asyppo prepare data`")
+    yield Row(
+        "training data", str(config.data.train), config.data.train.is_file(), "make it with `asyppo prepare data`"
+    )
 
 
 def table(rows: list[Row]) -> str:
     """Findings for the terminal."""
     widths = [max(len(r.what) for r in rows), max(len(r.found) for r in rows)]
     lines = [
-        f"{'ok ' if r.is_fine else 'BAD'}  {r.what:<{widths[0]}}  {r.found:<{widths[1]}}  {'' if r.is_fine else r.advice}"
+        f"{'ok ' if r.is_fine else 'BAD'}  {r.what:<{widths[0]}}  {r.found:<{widths[1]}}"
+        + ("" if r.is_fine else f"  {r.advice}")
         for r in rows
     ]
     bad = sum(not r.is_fine for r in rows)
-    return "\n".join([*(line.rstrip() for line in lines), "", f"{bad} problem(s)" if bad else "nothing would break a run"])
+    return "\n".join(
+        [*(line.rstrip() for line in lines), "", f"{bad} problem(s)" if bad else "nothing would break a run"]
+    )

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from asyppo_megatron.config.checks import cross_checks
-from asyppo_megatron.config.model_files import expand_models
 from asyppo_megatron.config.methods import resolve, select_critics
+from asyppo_megatron.config.model_files import expand_models
 from asyppo_megatron.config.run import Config
 
 

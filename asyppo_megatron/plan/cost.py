@@ -99,9 +99,7 @@ def _generation(config: Config, spec: ModelSpec, gpu: Accelerator, prompt: float
     steps = waves * response
     read = steps * (weights + running * mean * token)
     flops = forward_flops(spec, config.batch_size * (prompt + response), mean, "actor")
-    seconds = max(
-        read / (engines.tp * gpu.bandwidth * DECODE_SHARE), flops / (gpus * gpu.flops * FORWARD_SHARE)
-    )
+    seconds = max(read / (engines.tp * gpu.bandwidth * DECODE_SHARE), flops / (gpus * gpu.flops * FORWARD_SHARE))
     return Phase("generation", flops, read * count, seconds, ())
 
 

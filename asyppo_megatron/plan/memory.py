@@ -157,8 +157,8 @@ def misfits(config: Config, specs: dict[str, ModelSpec], gpu: Accelerator) -> li
     for roles, rank in worst.items():
         if rank.peak > room:
             found.append(
-                f"rank {rank.rank} ({', '.join(roles)}): got {rank.peak / 1e9:.1f} GB, need at most {room / 1e9:.1f} of "
-                f"{gpu.memory / 1e9:.0f}; {_advice(config, rank)}"
+                f"rank {rank.rank} ({', '.join(roles)}): got {rank.peak / 1e9:.1f} GB, need at most "
+                f"{room / 1e9:.1f} of {gpu.memory / 1e9:.0f}; {_advice(config, rank)}"
             )
     engine = engine_memory(config, specs["actor"], gpu)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
@@ -168,7 +168,11 @@ def misfits(config: Config, specs: dict[str, ModelSpec], gpu: Accelerator) -> li
             "rollout.sglang.tp or mem_fraction"
         )
     state = max(sum(r.state.total for r in rank.roles) for rank in worst.values())
-    if engine is not None and engine.on_training_gpus and state + gpu.memory * config.rollout.sglang.mem_fraction > room:
+    if (
+        engine is not None
+        and engine.on_training_gpus
+        and state + gpu.memory * config.rollout.sglang.mem_fraction > room
+    ):
         share = max(0.0, (room - state) / gpu.memory)
         found.append(
             f"engine: got mem_fraction {config.rollout.sglang.mem_fraction} beside {state / 1e9:.1f} GB of weights and "

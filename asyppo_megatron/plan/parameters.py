@@ -128,7 +128,9 @@ def owned_elements(parameters: Sequence[Parameter], dp: int) -> list[int]:
     return owned
 
 
-def state_bytes(spec: ModelSpec, role: Role, config: RoleConfig, stage: int, *, trains: bool = True) -> list[StateBytes]:
+def state_bytes(
+    spec: ModelSpec, role: Role, config: RoleConfig, stage: int, *, trains: bool = True
+) -> list[StateBytes]:
     """What each data-parallel rank of a stage keeps for a model; context-parallel ranks count as data-parallel ones.
 
     Weights in the role's precision; gradients in fp32; two fp32 moments, and in bf16 fp32 weights, of the elements that

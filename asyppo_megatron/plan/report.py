@@ -107,7 +107,9 @@ def _gb(count: float) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
@@ -132,13 +134,22 @@ def describe(plan: Plan, gpu_name: str) -> str:
     if plan.engine is not None:
         e = plan.engine
         where = "on the training GPUs, in turn" if e.on_training_gpus else "on GPUs of their own"
-        text.append(f"engines {where}: weights {_gb(e.weights)} GB, keys and values {_gb(e.cache)} GB = {e.tokens} tokens")
+        text.append(
+            f"engines {where}: weights {_gb(e.weights)} GB, keys and values {_gb(e.cache)} GB = {e.tokens} tokens"
+        )
     times = [["phase", "TFLOP", "GB moved", "s"]]
     times += [[p.name, f"{p.flops / 1e12:.0f}", f"{p.bytes / 1e9:.0f}", f"{p.seconds:.1f}"] for p in plan.phases]
-    text += ["", _table(times), f"expected step: {step_seconds(plan.phases):.0f} s at {plan.response_tokens:.0f} tokens a response"]
+    text += [
+        "",
+        _table(times),
+        f"expected step: {step_seconds(plan.phases):.0f} s at {plan.response_tokens:.0f} tokens a response",
+    ]
     text += ["", *_layout_lines(plan)]
     shares = f"train {TRAIN_SHARE:.0%}, forward {FORWARD_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s"
-    text.append(f"assumed: {shares}, decoding {DECODE_SHARE:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, sync {SYNC_SHARE:.0%} of the link")
+    text.append(
+        f"assumed: {shares}, decoding {DECODE_SHARE:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, "
+        f"sync {SYNC_SHARE:.0%} of the link"
+    )
     text += ["", "fits" if not plan.misfits else "does NOT fit:\n" + "\n".join(f"  - {m}" for m in plan.misfits)]
     return "\n".join(text)
 
@@ -148,10 +159,15 @@ def _layout_lines(plan: Plan) -> list[str]:
     for r in plan.layout:
         p = r.layout
         groups = ", ".join(f"{len(g)} {axis} of {len(g[0])}" for axis, g in r.groups.items())
-        lines.append(f"{r.role}: ranks {p.ranks[0]}-{p.ranks[-1]}, tp {p.tp} pp {p.pp} cp {p.cp} dp {p.dp}; groups: {groups}")
+        lines.append(
+            f"{r.role}: ranks {p.ranks[0]}-{p.ranks[-1]}, tp {p.tp} pp {p.pp} cp {p.cp} dp {p.dp}; groups: {groups}"
+        )
         lines.append(f"    scores from ranks {_short(r.outputs)} to all {plan.config.num_ranks}")
         if r.role == "actor":
-            lines += [f"    weights of stage {s} ({_gb(n)} GB) from rank {k} to the engines" for s, (k, n) in enumerate(r.senders)]
+            lines += [
+                f"    weights of stage {s} ({_gb(n)} GB) from rank {k} to the engines"
+                for s, (k, n) in enumerate(r.senders)
+            ]
     return lines
 
 
