@@ -20,6 +20,7 @@ def check_run(config: Config) -> None:
     """
     errors = _model_errors(config)
     errors.extend(_staleness_errors(config))
+    errors.extend(_kernel_errors(config.kernels))
     train = [(f"data.sources {s.name}" if config.data.sources else "data.train", s) for s in config.data.all_sources]
     for where, item in [*train, *((f"data.eval {e.name}", e) for e in config.data.eval)]:
         errors.extend(_dataset_errors(where, item.path, row_check(config, item)))
@@ -35,14 +36,29 @@ def _staleness_errors(config: Config) -> list[str]:
     rollout = config.rollout
     if not rollout.max_staleness or rollout.engine != "embedded" or rollout.partial:
         return []
-    from asyppo_megatron.backend import has_gpu  # needs torch, which not every check has
-
-    if not has_gpu():
+    if not _has_gpu():
         return []
     return [
         f"rollout.max_staleness: got {rollout.max_staleness} with engine embedded on a GPU that the ranks train on, "
         "need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
     ]
+
+
+def _has_gpu() -> bool:
+    from asyppo_megatron.backend import has_gpu  # imports torch, which a check of files does without
+
+    return has_gpu()
+
+
+def _kernel_errors(choice: str) -> list[str]:
+    """Kernels that the configuration asks for, or that a GPU brings along, where they cannot run."""
+    from asyppo_megatron.kernels.policy import chosen_name
+
+    try:
+        chosen_name("cuda" if _has_gpu() else "cpu", choice)
+    except ValueError as e:
+        return [str(e)]
+    return []
 
 
 def _model_errors(config: Config) -> list[str]:

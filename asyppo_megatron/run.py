@@ -248,7 +248,10 @@ def _pending_collective() -> str:
     """The collective that this rank waits in, from torch's flight recorder."""
     on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
     record = _distributed_c10d._dump_nccl_trace_json if on_gpu else _distributed_c10d._dump_fr_trace_json
-    return pending_collective(record())
+    try:
+        return pending_collective(record())
+    except (KeyError, ValueError):  # another version's format
+        return "a collective that torch's flight recorder describes in another format"
 
 
 def _report_findings(found: dict[str, Any], config: Config) -> None:

@@ -90,7 +90,7 @@ def build(directory: Path, tp: int, pp: int, device: torch.device) -> tuple[Any,
 
 def receiver(store_port: int, stages: int, base: Any, pipe: Connection) -> None:
     """Takes what an engine would take: joins every stage's group and receives bucket after bucket."""
-    from asyppo_megatron.weight_sync.groups import join
+    from asyppo_megatron.weight_sync.groups import broadcast, join
 
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=LIMIT)
     groups = [join("gloo", dist.PrefixStore(f"s{s}", store), 2, f"s{s}", LIMIT, 1) for s in range(stages)]
@@ -98,7 +98,7 @@ def receiver(store_port: int, stages: int, base: Any, pipe: Connection) -> None:
     buffer.fill_(0)
     while (order := pipe.recv()) is not None:
         for stage, size in order:
-            dist.broadcast(buffer[:size], group=groups[stage], group_src=0)
+            broadcast(groups[stage], buffer[:size])
         pipe.send(int(buffer[:1024].sum()))
     os._exit(0)
 
@@ -107,7 +107,7 @@ def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pip
     torch.set_num_threads(1)
     from asyppo_megatron.weight_sync.buckets import BucketStream
     from asyppo_megatron.weight_sync.collective import Turns
-    from asyppo_megatron.weight_sync.groups import join
+    from asyppo_megatron.weight_sync.groups import broadcast, join
 
     world = args.tp * args.pp
     store = dist.TCPStore("127.0.0.1", ports[0], is_master=False, timeout=LIMIT)
@@ -155,7 +155,7 @@ def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pip
                 if stage == at.pp:
                     began = time.perf_counter()
                     for index, plan in enumerate(source.plans):
-                        dist.broadcast(flats[index % len(flats)][: plan.num_bytes], group=group, group_src=0)
+                        broadcast(group, flats[index % len(flats)][: plan.num_bytes])
                     store.set(f"floor/{count}/{stage}", "1")
                 else:
                     store.wait([f"floor/{count}/{stage}"])
@@ -165,8 +165,10 @@ def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pip
 
 
 def _send(turns: Any, index: int, stage: int, flat: torch.Tensor, group: Any) -> None:
+    from asyppo_megatron.weight_sync.groups import broadcast
+
     turns.wait(index, stage)
-    dist.broadcast(flat, group=group, group_src=0)
+    broadcast(group, flat)
     turns.done(index, stage)
 
 

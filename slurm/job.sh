@@ -50,7 +50,10 @@ start_agents() {
   local nodes=("${hosts[@]:0:train_nodes}") waited=0
   [ "$agents" = train ] || nodes=("${hosts[@]:train_nodes}")
   rm -rf "$run_dir/agents"  # of an earlier start
-  on "${nodes[@]}" -- "$ASYPPO_PYTHON" -m asyppo_megatron serve "$ASYPPO_CONFIG" "$@" &
+  # Each listens on its node's own address: the driver, on the first node, has to reach it.
+  # shellcheck disable=SC2016 # the task's own variables
+  on "${nodes[@]}" -- bash -c 'exec "$ASYPPO_PYTHON" -m asyppo_megatron serve "$@" \
+    "rollout.sglang.host=$SLURMD_NODENAME"' serve "$ASYPPO_CONFIG" "$@" &
   agents_pid=$!
   until [ "$(find "$run_dir/agents" -name '*.json' 2> /dev/null | wc -l)" -eq "${#nodes[@]}" ]; do
     sleep 1

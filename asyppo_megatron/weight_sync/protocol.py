@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _PROBE_S = 30.0  # an engine that does not describe itself in this time is not there
 _POLL_S = 1.0
 _EARLY, _LATE = ("weights",), ("kv_cache", "cuda_graph")  # an engine's memory: before and after its new weights
+_RELEASED = "released"  # weight version of an engine without its memory
 _PARALLEL = 64  # engines spoken to at once
 
 
@@ -60,7 +61,7 @@ class EngineSessions:
         self._all: list[str] = []  # every engine that was there at the last push
         self.groups: list[GroupPlan] = []
         self._holds: dict[str, tuple[str, int]] = {}  # url -> (incarnation, version) of what we brought it
-        self._released: dict[str, str] = {}  # url -> incarnation of engines without their memory
+        self._version = 0  # of the last push
 
     @property
     def urls(self) -> list[str]:
@@ -151,28 +152,34 @@ class EngineSessions:
 
         def give_up(url: str) -> None:
             limit = self.options.timeout_s
-            state = describe(url, limit)
-            if self._released.get(url) == state.incarnation:
+            if describe(url, limit).weight_version == _RELEASED:
                 return
             call(url, "/pause_generation", limit, {"mode": "retract"})
             wait_until_flushed(url, limit, limit)
+            # An engine does not say whether it has its memory, and does not survive being given it twice: its version
+            # says so, also to a trainer that starts anew.
+            self._name_version(url, _RELEASED)
             call(url, "/release_memory_occupation", limit, {"tags": [*_EARLY, *_LATE]})
-            self._released[url] = state.incarnation
 
         self._each(self._all, give_up)
 
     def _resume_weights(self, url: str) -> None:
         """An engine that gave up its memory gets back the part that the new weights need."""
-        if self._released.get(url) == self.engines[url].state.incarnation:
+        if self.engines[url].state.weight_version == _RELEASED:
             call(url, "/resume_memory_occupation", self.options.timeout_s, {"tags": list(_EARLY)})
 
+    def _name_version(self, url: str, name: str) -> None:
+        body = {"new_version": name, "abort_all_requests": False}
+        call(url, "/update_weight_version", self.options.timeout_s, body)
+
     def wake(self) -> None:
-        """Let the engines go on, with all of their memory."""
+        """Let the engines of the last push go on, with all of their memory and under their new version."""
 
         def go_on(url: str) -> None:
             limit = self.options.timeout_s
-            if self._released.pop(url, None) == self.engines[url].state.incarnation:
+            if self.engines[url].state.weight_version == _RELEASED:
                 call(url, "/resume_memory_occupation", limit, {"tags": list(_LATE)})
+            self._name_version(url, str(self._version))
             call(url, "/continue_generation", limit, {})
 
         self._each(self.urls, go_on)
@@ -260,7 +267,7 @@ class EngineSessions:
             raise EngineError(f"weight sync of policy version {policy_version}: every engine was lost while loading")
 
     def finish(self, policy_version: int, expected: Checksums, spec: ModelSpec, mode: str) -> int:
-        """Close the sessions, compare, name the version, let the engines go on (not colocated ones: `wake`).
+        """Close the sessions and compare; name the version and let the engines go on, unless they are colocated.
 
         Returns:
             How many parameters were compared, over all engines and their ranks.
@@ -279,11 +286,10 @@ class EngineSessions:
                 body = {"action": "checksum", "skip_tensor_list": sample.left_out()}
                 answer = call(url, "/weights_checker", limit, body)
                 compared = compare(url, policy_version, expected[self.engines[url].state.tp], answer)
-            name = {"new_version": str(policy_version), "abort_all_requests": False}
-            call(url, "/update_weight_version", limit, name)
             return compared
 
         total = self._each(self.urls, close)
+        self._version = policy_version
         if not self.options.colocated:
             self.wake()
         self._holds |= {u: (e.state.incarnation, policy_version) for u, e in self.engines.items()}

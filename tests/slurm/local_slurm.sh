@@ -96,16 +96,18 @@ start_node() {
 all_up() { [ "$(sinfo --noheader --Node --states=idle --format=%N | sort -u | wc -l)" = "$1" ]; }
 
 kill_node() {
-  local file pid parent
+  local file pid parent tasks=() steps=()
   kill -9 "$(cat "$dir/run/slurmd.$1.pid")"
   rm -f "$dir/run/slurmd.$1.pid"
   for file in $(grep -lzx "SLURMD_NODENAME=$1" /proc/[0-9]*/environ 2> /dev/null || true); do
     grep -qzx "SLURM_CONF=$SLURM_CONF" "$file" 2> /dev/null || continue
     pid=${file//[^0-9]/}
     parent=$(awk '/^PPid/{print $2}' "/proc/$pid/status" 2> /dev/null) || continue
-    kill -9 "$pid" 2> /dev/null || true
-    [ "$(cat "/proc/$parent/comm" 2> /dev/null)" != slurmstepd ] || kill -9 "$parent" 2> /dev/null || true
+    tasks+=("$pid")
+    [ "$(cat "/proc/$parent/comm" 2> /dev/null)" != slurmstepd ] || steps+=("$parent")
   done
+  # First those who could still tell the controller how their tasks ended: a node without power tells nothing.
+  kill -9 "${steps[@]}" "${tasks[@]}" 2> /dev/null || true
 }
 
 stop() {
