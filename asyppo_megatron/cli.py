@@ -1,4 +1,4 @@
-"""The command line: asyppo train | serve | demo | pretrain-critics | eval | prepare | convert | plan | doctor | report."""
+"""The command line: asyppo train | serve | check | launch | demo | eval | convert and more (`asyppo --help`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asyppo_megatron.config import Config, ConfigError, EvalSetConfig, load_config
+from asyppo_megatron.launch.options import add_check_options, add_launch_options, add_place_options, check, launch
 
 DEMO_CONFIG = Path("model_configs/runs/demo.yaml")
 PRETRAIN_STEPS = 50  # VAPO, arXiv 2504.05118
@@ -35,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"configuration: {len(e.errors)} error(s)\n{e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
-        signum = getattr(e, "signum", signal.SIGINT)
-        print(f"stopped by {signal.Signals(signum).name}; start the same command again to resume", file=sys.stderr)
-        return 128 + signum
+        signum, is_saved = getattr(e, "signum", signal.SIGINT), getattr(e, "is_saved", False)
+        how = " after a checkpoint" if is_saved else ""
+        print(f"stopped by {signal.Signals(signum).name}{how}; start the same command again to resume", file=sys.stderr)
+        return 75 if is_saved else 128 + signum
     except (ValueError, RuntimeError, OSError) as e:
         print(f"{getattr(e, 'traceback', '')}error: {e}", file=sys.stderr)
-        return 1
+        return getattr(e, "exit_code", 1)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,11 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a run, or resume it")
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
+    add_place_options(train)
     serve = command("serve", _serve, "supervise the SGLang engines of this node for a run")
     serve.add_argument("config", type=Path)
     serve.add_argument("--address-file", type=Path, metavar="FILE", help="default: run_dir/agents/NODE.json")
     serve.add_argument("--linger", type=float, metavar="S", help="end when no run has been there for so long")
     serve.add_argument("overrides", nargs="*", metavar="key=value")
+    add_check_options(command("check", check, "check a configuration, its files, and whether it fits an allocation"))
+    add_launch_options(command("launch", launch, "run a recipe through NeMo-Run, here or on a Slurm cluster"))
     demo = command("demo", _demo, "make the demo's data and base models, then train")
     default = f"default: {DEMO_CONFIG}, or {DEMO_GPU_CONFIG} where there are 1-3 GPUs"
     demo.add_argument("--config", type=Path, help=default)
@@ -155,55 +160,31 @@ def _no_command(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    train_config(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    if config.num_steps and not config.trains_policy:
+        logging.warning(
+            "no step of this run updates the policy: num_steps %d, ppo.critic_warmup_steps %d, ppo.policy_every %d",
+            config.num_steps,
+            config.ppo.critic_warmup_steps,
+            config.ppo.policy_every,
+        )
+    from asyppo_megatron.launch.command import place_of, train_config
+
+    train_config(config, place_of(arguments.nodes, arguments.node, arguments.rendezvous), arguments.job)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     from asyppo_megatron.launch.agent import serve
+    from asyppo_megatron.launch.command import num_gpus
 
     logging.basicConfig(level=config.logging.level, format="%(asctime)s %(message)s", force=True)
-    print(f"agent ended: {serve(config, _num_gpus(), arguments.address_file, arguments.linger)}", file=sys.stderr)
-
-
-def train_config(config: Config) -> None:
-    """Check everything, then train here (or as the rank that a launcher started)."""
-    from asyppo_megatron.preflight import check_run
-
-    check_run(config)
-    _quiet_imports(config.run_dir, "launcher")
-    from asyppo_megatron.launch.run_agent import ensure_agent, needs_own_agent
-
-    gpus = _num_gpus()
-    agent = ensure_agent(config, gpus) if needs_own_agent(config) and os.environ.get("RANK", "0") == "0" else None
-    finished = False
-    try:
-        _train_ranks(config, gpus)
-        finished = True
-    finally:
-        if agent is not None:
-            agent.close(finished)
-
-
-def _train_ranks(config: Config, gpus: int) -> None:
-    """As the rank that a launcher started, or as all ranks of this machine."""
-    from asyppo_megatron.launch.local import is_launched, run_ranks
-
-    if is_launched():
-        _train_rank(config)
-        return
-    if gpus and config.num_ranks > gpus:
-        found = f"ranks: got {config.num_ranks} on a machine of {gpus} GPU(s), need one GPU a rank"
-        raise ConfigError([f"{found}; let roles share ranks, or set CUDA_VISIBLE_DEVICES= to run on the CPU"])
-    if not gpus:
-        # torch and Megatron once, before the ranks are forked. With a GPU every rank imports for itself: Transformer
-        # Engine may start CUDA while it is imported.
-        import asyppo_megatron.train  # noqa: F401
-    run_ranks(config.num_ranks, lambda rank: _train_rank(config), config.run_dir / "logs")
+    print(f"agent ended: {serve(config, num_gpus(), arguments.address_file, arguments.linger)}", file=sys.stderr)
 
 
 def _pretrain_critics(arguments: argparse.Namespace) -> None:
     from asyppo_megatron.config.methods import pretraining
+    from asyppo_megatron.launch.command import train_config
 
     config, errors = pretraining(load_config(arguments.config, arguments.overrides), arguments.steps)
     if errors:
@@ -212,19 +193,6 @@ def _pretrain_critics(arguments: argparse.Namespace) -> None:
     print("critics, pre-trained; to start a run from them:")
     for index in range(config.num_critics):
         print(f"  critics.{index}.model={config.run_dir / 'hf' / f'critic_{index}'}")
-
-
-def _train_rank(config: Config) -> None:
-    from asyppo_megatron.train import main_rank
-
-    main_rank(config)
-
-
-def _num_gpus() -> int:
-    """GPUs that this process may use, counted without starting CUDA."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _quiet_imports(directory: Path, process: str) -> None:
@@ -237,10 +205,14 @@ def _quiet_imports(directory: Path, process: str) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    path = arguments.config or (DEMO_GPU_CONFIG if 0 < _num_gpus() < 4 else DEMO_CONFIG)
+    import torch
+
+    # Counted without starting CUDA (see `main`).
+    path = arguments.config or (DEMO_GPU_CONFIG if 0 < torch.cuda.device_count() < 4 else DEMO_CONFIG)
     config = load_config(path, arguments.overrides)
     _quiet_imports(arguments.data, "prepare")
     from asyppo_megatron.demo.run import prepare_base_models
+    from asyppo_megatron.launch.command import train_config
 
     prepare_base_models(arguments.data)
     train_config(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import shutil
 from dataclasses import dataclass, field
@@ -11,24 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
-from asyppo_megatron.backend import init_distributed
+from asyppo_megatron.backend import empty_cache, init_distributed
 from asyppo_megatron.backend.scratch import ScratchDirectory
 from asyppo_megatron.checkpoint import Checkpointer
 from asyppo_megatron.config import Config
 from asyppo_megatron.convert.export_hf import export_hf
+from asyppo_megatron.observability.board import Slot, answer_questions, pending_collective
 from asyppo_megatron.observability.metrics import MetricsLog
 from asyppo_megatron.observability.progress import Progress
 from asyppo_megatron.observability.timing import PhaseTimer
+from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.parallel.seeding import seed_process
+from asyppo_megatron.roles.offload import MOVED, Offloader, Part
 from asyppo_megatron.rollout.client import DriverHandle
 from asyppo_megatron.rollout.source import DriverSource
+from asyppo_megatron.weight_sync.devices import engine_gpus
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
 from asyppo_megatron.weight_sync.engines import EngineTarget
 from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
 from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)
+_WATCHED = 0.8  # of the collectives' timeout: the launcher is to ask the ranks while they still wait
 
 
 @dataclass
@@ -44,6 +51,8 @@ class Run:
     metrics: MetricsLog | None
     progress: Progress | None
     scratch: ScratchDirectory | None  # owns weights_dir where nothing else does
+    slot: Slot  # of the launcher's board
+    movers: dict[str, tuple[Offloader, tuple[Part, ...]]] = field(default_factory=dict)  # by role, and what they move
     engines: EngineSync | None = None  # on the actor's ranks, where engines are not in the driver
     synced: dict[str, Any] = field(default_factory=dict)  # of the last weight sync
     rollout_state: dict[str, Any] = field(default_factory=dict)
@@ -59,12 +68,17 @@ class Run:
     def _push_to_engines(self, policy_version: int) -> None:
         """The actor's ranks bring them; rank 0 tells the driver before and after."""
         rank = dist.get_rank()
+        self._move_out(but_actor_weights=True)
         if rank == 0:
             self.world.store.set(_engines_key(policy_version), json.dumps(self.source.begin_update()))
         if self.engines is not None:
             actor = self.world.actor
             assert actor is not None
             self.synced = self.engines.push(actor.role.module, policy_version)
+        self._move_out()
+        if self.engines is not None:
+            if self.is_colocated:
+                self.engines.wake()
             if self.engines.is_lead and 0 not in self.config.actor.ranks:
                 self.world.announce(f"weights/{policy_version}")
         elif rank == 0:
@@ -74,6 +88,35 @@ class Run:
             path = version_directory(self.weights_dir, policy_version) if on_disk else None
             self.source.end_update(policy_version, path)
             self.world.store.delete_key(_engines_key(policy_version - 1))
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether engines generate on the devices of the ranks, in turn with training."""
+        rollout = self.config.rollout
+        return rollout.engine == "sglang" and rollout.sglang.placement == "colocated"
+
+    def take_devices(self, step: int) -> None:
+        """Begin to train on devices that colocated engines have used: not before they have let go of their memory."""
+        if not self.is_colocated:
+            return
+        key = f"sync/devices/{step}"
+        if self.engines is not None:
+            self.engines.release()
+            if self.engines.is_lead:
+                self.world.store.set(key, "free")
+                self.world.store.delete_key(f"sync/devices/{step - 2}")
+        self.world.store.wait([key])
+        for mover, _ in self.movers.values():
+            mover.reload()
+
+    def _move_out(self, *, but_actor_weights: bool = False) -> None:
+        """What the configuration wants on the host while engines generate; on return every rank has done it."""
+        if not self.is_colocated:
+            return
+        for name, (mover, parts) in self.movers.items():
+            mover.offload(p for p in parts if not (but_actor_weights and name == "actor" and p == "weights"))
+        empty_cache(self.world.device)
+        dist.barrier()
 
     def _push_to_driver(self, policy_version: int) -> None:
         """Through a directory that the driver reads."""
@@ -103,27 +146,38 @@ class Run:
             self.progress.step({"step": step, **row})
 
 
-def build_run(config: Config, rank: int, world_size: int, local_rank: int, handle: DriverHandle | None) -> Run:
+def build_run(
+    config: Config, rank: int, world_size: int, local_rank: int, handle: DriverHandle | None, slot: Slot
+) -> Run:
     """Join the world and build this rank's roles."""
     if world_size != config.num_ranks:
         raise ValueError(f"world: got {world_size} ranks, need {config.num_ranks} (highest rank of any role + 1)")
     device, store = init_distributed(rank, world_size, local_rank, config.collective_timeout_s)
+    answer_questions(slot, _pending_collective)
     seed_process(config.seed)
-    timer = PhaseTimer(device)
+    patience = _WATCHED * config.collective_timeout_s
+    timer = PhaseTimer(device, slot, patience)
     world = World(config, device, store, timer)
     scratch = None
     if handle is not None:
         size = sum(f.stat().st_size for f in config.actor.model.glob("*.safetensors")) * 2
-        chosen, scratch = choose_directory(config.weight_sync.dir, config.run_dir, size)
+        chosen, scratch = choose_directory(_shared_directory(config), config.run_dir, size)
         store.set("weights_dir", str(chosen))
         store.set("sync/name", f"asyppo-{secrets.token_hex(4)}")  # engines may know groups of other runs
-        _report_skipped(handle.client.hello(), config)
+        _report_findings(handle.client.hello(), config)
     weights_dir = Path(store.get("weights_dir").decode())
     return Run(
         config=config,
         world=world,
         source=DriverSource(
-            handle, config.run_dir, store, device, config.rollout.timeout_s, config.rollout.max_staleness
+            handle,
+            config.run_dir,
+            store,
+            device,
+            config.rollout.timeout_s,
+            slot,
+            patience,
+            config.rollout.max_staleness,
         ),
         checkpoints=Checkpointer(config.run_dir, config.checkpoint, world.roles, list(config.roles()), device),
         timer=timer,
@@ -131,8 +185,22 @@ def build_run(config: Config, rank: int, world_size: int, local_rank: int, handl
         metrics=_metrics_log(config) if rank == 0 else None,
         progress=Progress(config.num_steps) if rank == 0 else None,
         scratch=scratch,
+        slot=slot,
         engines=_engine_sync(config, world, weights_dir),
+        movers=_movers(config, world),
     )
+
+
+def _movers(config: Config, world: World) -> dict[str, tuple[Offloader, tuple[Part, ...]]]:
+    """What moves the roles of this rank to the host and back."""
+    movers = {
+        name: (Offloader(role.module, role.ddp, role.optimizer), MOVED[config.roles()[name].offload])
+        for name, role in world.roles.items()
+    }
+    if world.reference is not None:
+        parts = MOVED[config.actor.offload]
+        movers["reference"] = (Offloader(world.reference.model), tuple(p for p in parts if p == "weights"))
+    return movers
 
 
 def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync | None:
@@ -147,11 +215,14 @@ def _engine_sync(config: Config, world: World, weights_dir: Path) -> EngineSync 
         timeout_s=sync.timeout_s,
         pause_mode="in_place" if config.rollout.on_update == "carry" else "retract",
         directory=weights_dir,
+        colocated=engines.placement == "colocated",
     )
 
     def targets(policy_version: int) -> list[EngineTarget]:
         urls = json.loads(world.store.get(_engines_key(policy_version)))
-        return [EngineTarget(url, colocated=engines.placement == "colocated") for url in urls]
+        gpus = engine_gpus(config)
+        beside = engines.placement == "colocated" and world.device.type == "cpu"
+        return [EngineTarget(url, gpus.get(url, ()), colocated=beside) for url in urls]
 
     role = world.actor.role
     name = world.store.get("sync/name").decode()
@@ -162,7 +233,30 @@ def _engines_key(policy_version: int) -> str:
     return f"sync/engines/{policy_version}"
 
 
-def _report_skipped(found: dict[str, Any], config: Config) -> None:
+def _shared_directory(config: Config) -> Path | None:
+    """Where to push weights: as configured, and never into one node's memory what ranks of several nodes write."""
+    if config.weight_sync.dir is not None:
+        return config.weight_sync.dir
+    actor = config.actor
+    layout = ParallelLayout(actor.ranks, tp=actor.layout.tp, pp=actor.layout.pp, cp=actor.layout.cp)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
+    writers = [rank for rank in layout.ranks if layout.coordinates(rank).dp == 0]
+    return config.run_dir / "weights" if max(writers) >= here else None
+
+
+def _pending_collective() -> str:
+    """The collective that this rank waits in, from torch's flight recorder."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    record = _distributed_c10d._dump_nccl_trace_json if on_gpu else _distributed_c10d._dump_fr_trace_json
+    try:
+        return pending_collective(record())
+    except (KeyError, ValueError):  # another version's format
+        return "a collective that torch's flight recorder describes in another format"
+
+
+def _report_findings(found: dict[str, Any], config: Config) -> None:
+    for name, protection in found["protections"].items():
+        logger.info("reward %s runs programs with: %s", name, protection)
     if found["num_skipped"]:
         logger.warning(
             "data.train: skipped %d of %d prompts, longer than rollout.max_prompt_tokens %d",

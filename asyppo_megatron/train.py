@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config, dump_config
+from asyppo_megatron.observability.board import Slot, StatusBoard
 from asyppo_megatron.observability.logs import configure_logging
 from asyppo_megatron.observability.metrics import read_metrics
 from asyppo_megatron.observability.report import learning_curve
@@ -24,8 +26,12 @@ logger = logging.getLogger(__name__)
 _COMPUTE = ("actor_logprobs", "reference_logprobs", "critic_update", "critic_values", "actor_update")
 
 
-def train(run: Run, first_step: int) -> None:
-    """The loop: iteration s turns the weights of version s into version s + 1 and logs that as step s + 1."""
+def train(run: Run, first_step: int) -> bool:
+    """The loop: iteration s turns the weights of version s into version s + 1 and logs that as step s + 1.
+
+    Returns:
+        Whether all steps are done; otherwise a signal has ended the loop, with a checkpoint of the last step begun.
+    """
     config, source = run.config, run.source
     run.push(first_step)
     if is_eval_due(run, first_step):
@@ -34,10 +40,15 @@ def train(run: Run, first_step: int) -> None:
         source.start(first_step, first_step)
     for step in range(first_step, config.num_steps):
         began, cpu = time.perf_counter(), time.process_time()
+        run.slot.begin_step(step + 1)
         with run.timer.phase("checkpoint"):
             run.checkpoints.finish(wait=False)  # only now that the metrics of its step are logged
-        with run.timer.phase("rollouts"):
+        with run.timer.phase("rollouts", deadline_s=config.rollout.timeout_s + config.collective_timeout_s):
             batch = source.next_batch(step)
+            run.take_devices(step)
+        if batch is None:  # the weights are those of the step before: nothing of this one is lost but time
+            save_if_new(run, step)
+            return False
         local = run.world.evaluate(batch)
         with run.timer.phase("exchange"):
             scores = run.world.exchange(batch, local)
@@ -45,7 +56,11 @@ def train(run: Run, first_step: int) -> None:
             targets = run.world.targets(batch, scores)
         run.world.update(batch, targets, scores)
         with run.timer.phase("metrics"):
-            row = step_metrics(run, batch, targets, time.process_time() - cpu)
+            row, stops = step_metrics(run, batch, targets, time.process_time() - cpu)
+        if stops:
+            save_if_new(run, step + 1)
+            log_step(run, row, time.perf_counter() - began)
+            return False
         with run.timer.phase("weight_sync"):
             run.push(step + 1)
         last = step + 1 == config.num_steps
@@ -60,6 +75,7 @@ def train(run: Run, first_step: int) -> None:
             run.evaluate(step + 1)
             if not last:
                 source.start(step + 1, step + 1)
+    return True
 
 
 def is_eval_due(run: Run, step: int) -> bool:
@@ -70,16 +86,19 @@ def is_eval_due(run: Run, step: int) -> bool:
     return config.eval.at_start if step == 0 else step % config.eval.every == 0 or step == config.num_steps
 
 
-def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: float) -> dict[str, Any]:
-    """Metrics of a step, on every rank; raises before weights with NaN reach an engine or a checkpoint."""
-    roles, (cpu,) = run.world.metrics(batch.step + 1, [cpu_seconds])
+def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: float) -> tuple[dict[str, Any], bool]:
+    """Metrics of a step, on every rank, and whether any rank was asked to stop.
+
+    Raises before weights with NaN reach an engine or a checkpoint.
+    """
+    roles, (cpu, stops) = run.world.metrics(batch.step + 1, [cpu_seconds, float(run.slot.stop_requested)])
     manifest = run.source.manifest
     run.rollout_state = manifest.get("rollout_state_after", {})
     statistics = dict(manifest.get("statistics", {}))
     statuses = statistics.pop("reward_status", {})
     measured = torch.stack([v.double() for v in targets.metrics.values()]).tolist()  # one host read
     check_mismatch(batch.step + 1, roles | dict(zip(targets.metrics, measured, strict=True)), run.config)
-    return (
+    row = (
         {"step": batch.step + 1}
         | statistics
         | {f"reward_status/{name}": count for name, count in statuses.items()}
@@ -88,6 +107,7 @@ def step_metrics(run: Run, batch: PackedBatch, targets: Targets, cpu_seconds: fl
         | {"cpu_seconds/ranks": cpu}
         | ({"memory/driver_gb": manifest["memory_gb"]} if "memory_gb" in manifest else {})
     )
+    return row, stops > 0
 
 
 def check_mismatch(step: int, measured: dict[str, float], config: Config) -> None:
@@ -101,8 +121,8 @@ def check_mismatch(step: int, measured: dict[str, float], config: Config) -> Non
         raise RunError(
             f"step {step}: engines and trainer disagree by {found:.4g} nats a token in the mean (largest "
             f"{measured.get('mismatch_max', found):.4g}, k3 KL {measured['mismatch_k3_kl']:.4g}), more than "
-            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for engines with other weights, "
-            "another precision, or too stale rollouts; or raise the limit"
+            f"rollout.max_mismatch {limit:.4g}; stopped before these weights were used or saved. Look for engines with "
+            "other weights, another precision, or too stale rollouts; or raise the limit"
         )
 
 
@@ -119,6 +139,14 @@ def save(run: Run, step: int) -> None:
     if config.every:
         # Resuming from the oldest kept checkpoint replays the journal from there on; this one is not complete yet.
         run.source.prune(step - config.every * max(config.keep - 1, 1))
+
+
+def save_if_new(run: Run, step: int) -> None:
+    """Begin a checkpoint of `step` updates before the run stops, unless there is one."""
+    with run.timer.phase("checkpoint"):
+        run.checkpoints.finish(wait=True)
+        if step and run.checkpoints.latest() != step:
+            save(run, step)
 
 
 def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
@@ -145,16 +173,20 @@ def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
     run.progress.step(row)
 
 
-def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> None:
-    """One rank of a training run, from start (or the last checkpoint) to the end."""
+def run_rank(config: Config, rank: int, world_size: int, local_rank: int, slot: Slot) -> bool:
+    """One rank of a training run, from start (or the last checkpoint) to the end.
+
+    Returns:
+        Whether the run is complete; otherwise a signal has stopped it.
+    """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     configure_logging(run_dir, f"rank-{rank:05d}", level=config.logging.level, rank=rank)
     handle = start_driver(config, run_dir) if rank == 0 else None  # forks: before any thread or device exists
     try:
-        run = build_run(config, rank, world_size, local_rank, handle)
+        run = build_run(config, rank, world_size, local_rank, handle, slot)
         try:
-            _train_and_export(run)
+            is_complete = _train_and_export(run)
             run.checkpoints.close()  # a collective, so only where every rank gets here
         finally:
             release(run)
@@ -162,9 +194,10 @@ def run_rank(config: Config, rank: int, world_size: int, local_rank: int) -> Non
     finally:
         if handle is not None:
             handle.close()
+    return is_complete
 
 
-def _train_and_export(run: Run) -> None:
+def _train_and_export(run: Run) -> bool:
     config, rank = run.config, dist.get_rank()
     latest = run.checkpoints.latest()
     first = 0
@@ -179,16 +212,30 @@ def _train_and_export(run: Run) -> None:
         rows = read_metrics(run.metrics.path)
         run.evaluated = {row["step"] for row in rows if any(name.startswith("eval/") for name in row)}
         (config.run_dir / "config.yaml").write_text(dump_config(config))
-    train(run, first)
-    run.checkpoints.finish(wait=True)
+    is_complete = train(run, first)
+    with run.timer.phase("checkpoint"):
+        run.checkpoints.finish(wait=True)
+    if not is_complete:
+        logger.info("stopped as asked; the checkpoint is complete")
+        return False
     if config.checkpoint.export_hf:
-        export_models(run)
+        with run.timer.phase("export"):
+            export_models(run)
     if rank == 0:
         learning_curve(config.run_dir)
     dist.barrier()
+    return True
 
 
-def main_rank(config: Config) -> None:
-    """Entry of a process that torchrun, srun or `launch.local` started as one rank."""
+def main_rank(config: Config, slot: Slot | None = None) -> bool:
+    """Entry of a process that torchrun or `launch.local` started as one rank; whether the run is complete.
+
+    Args:
+        slot: of the launcher's board; None under torchrun, where a signal reaches the rank itself.
+    """
     env = os.environ
-    run_rank(config, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
+    if slot is None:
+        slot = StatusBoard(1).slot(0)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: slot.request_stop())
+    return run_rank(config, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])), slot)

@@ -50,9 +50,9 @@ class World:
         self.config, self.device, self.store, self.timer = config, device, store, timer
         self.rank = dist.get_rank()
         self.operators = choose(device, config.kernels)
-        registry = GroupRegistry()
+        registry = GroupRegistry(config.collective_timeout_s)
         self.groups: dict[str, RoleGroups | None] = {
-            name: build_groups(_layout(role), registry) for name, role in config.roles().items()
+            name: build_groups(_layout(role), registry, name) for name, role in config.roles().items()
         }
         self.roles: dict[str, Role] = {}
         self.actor: Actor | None = None
@@ -139,17 +139,17 @@ class World:
         if self.actor is not None:
             self.actor.sums.zero_()
             if self._scores_actor(batch.step):
-                with self.timer.phase("actor_logprobs", tokens):
+                with self.timer.phase("actor_logprobs", tokens, role="actor"):
                     local |= self._guard("actor", self.actor.evaluate(batch))
         if self.reference is not None:
-            with self.timer.phase("reference_logprobs", tokens):
+            with self.timer.phase("reference_logprobs", tokens, role="reference"):
                 local |= self.reference.evaluate(batch)
         critics_first = self.config.ppo.order == "critics_first"
         if critics_first and self.critics:
             returns = monte_carlo_returns(batch, self.config.ppo.gamma)
             self._update_critics(batch, returns, {})
         for index, critic in self.critics.items():
-            with self.timer.phase("critic_values", tokens):
+            with self.timer.phase("critic_values", tokens, role=f"critic_{index}"):
                 values = critic.values(batch)
             if values is not None:
                 local |= self._guard(f"critic_{index}", {f"values_{index}": values})
@@ -222,7 +222,7 @@ class World:
         if self.config.ppo.order == "values_first" and self.critics:
             self._update_critics(batch, targets.returns, {m: scores.values[m] for m in self.critics})
         if self.actor is not None and self.config.ppo.updates_policy(batch.step):
-            with self.timer.phase("actor_update", batch.num_tokens * self.config.actor.epochs):
+            with self.timer.phase("actor_update", batch.num_tokens * self.config.actor.epochs, role="actor"):
                 self.actor.update(batch, targets, is_scored=self._scores_actor(batch.step))
 
     def _update_critics(self, batch: PackedBatch, returns: torch.Tensor, old: dict[int, torch.Tensor]) -> None:
@@ -237,7 +237,7 @@ class World:
                 remainder=self.config.ppo.share_remainder,
             )
         for index, critic in self.critics.items():
-            with self.timer.phase("critic_update", tokens):
+            with self.timer.phase("critic_update", tokens, role=f"critic_{index}"):
                 critic.update(batch, returns, assignment, old.get(index))
 
     def announce(self, key: str) -> None:

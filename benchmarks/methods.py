@@ -3,7 +3,8 @@
     python benchmarks/methods.py [--methods asyppo,grpo] [--seeds 0,1,2] [--docs] [key=value ...]
 
 Runs one after another; what is in the result file already (of the same settings) is not run again, so an interrupted
-table goes on where it stopped. `asyppo demo` must have made the base models (runs/demo-data).
+table goes on where it stopped; remove the file to measure all again. `asyppo demo` must have made the base models
+(runs/demo-data).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true", help=f"put the table into {DOCS}")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a run under way is ended too
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": {}}
     failed = []
     for seed in arguments.seeds.split(","):
@@ -97,8 +99,7 @@ def measure(config: Config, overrides: list[str], run_dir: Path, timeout_s: floa
             peak = watch(process, timeout_s)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)
+                end(process)
     if process.returncode:
         raise RuntimeError(f"ended with exit code {process.returncode}, see {run_dir / 'output.log'}")
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -143,6 +144,16 @@ def watch(process: subprocess.Popen[bytes], timeout_s: float) -> float:
     return peak
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a run and all of its processes."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def cpu_of_children() -> float:
     """CPU seconds of all processes that this one has waited for, their own children included."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -170,7 +181,17 @@ def table(results: dict[str, Any]) -> str:
             f"| {mean('greedy'):.3f} | {mean('cpu_seconds'):.1f} | {mean('cpu_seconds_ranks'):.1f} "
             f"| {mean('peak_mib'):.0f} | {mean('step_over_own'):.2f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", footnote(results)])
+
+
+def footnote(results: dict[str, Any]) -> str:
+    """On what, and under which load, these numbers were taken: load makes CPU seconds and wall-clock ratios grow."""
+    loads, machine = [run["load"] for run in results["runs"].values()], results["machine"]
+    torch = machine["versions"].get("torch", "?")
+    return (
+        f"{len(loads)} runs on {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, torch {torch}; "
+        f"load average after a run {min(loads):.1f} to {max(loads):.1f}."
+    )
 
 
 def below_the_bar(results: dict[str, Any]) -> list[str]:

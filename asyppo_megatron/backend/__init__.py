@@ -43,6 +43,8 @@ def init_distributed(rank: int, world_size: int, local_rank: int, timeout_s: flo
     else:
         torch.set_num_threads(1)  # several ranks share the cores; two threads each were measured 10-40 times slower
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # a gloo world is a full mesh of connections otherwise
+    # What torch keeps of the last collectives, so that a rank which is stuck can say in which; NCCL has it by default.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
@@ -74,6 +76,12 @@ def prepare_megatron() -> None:
         parallel_state._set_global_memory_buffer()
     # No dropout anywhere, so the tracker needs no states; the inference tracker accepts that.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that torch keeps for later back to the device, where other processes need it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gb(device: torch.device) -> float:

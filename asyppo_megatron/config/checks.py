@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from asyppo_megatron.config.algorithm import WITHOUT_OLD_LOGPROBS, PPOConfig
-from asyppo_megatron.config.engines import engine_errors, staleness_errors
+from asyppo_megatron.config.engines import engine_errors, offload_errors, staleness_errors, transport_errors
+from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
 
@@ -17,11 +20,14 @@ def cross_checks(config: Config) -> list[str]:
         errors.extend(_role_errors(name, role, config.batch_size))
     errors.extend(_placement_errors(config))
     errors.extend(_algorithm_errors(config))
+    errors.extend(reward_errors(config))
     errors.extend(_fused_head_errors(config))
     if config.rollout.top_p < 1 and config.rollout.top_k == 1:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")
     errors.extend(engine_errors(config.rollout))
     errors.extend(staleness_errors(config))
+    errors.extend(offload_errors(config))
+    errors.extend(transport_errors(config))
     names = [e.name for e in config.data.eval]
     if len(set(names)) != len(names):
         errors.append(f"data.eval: got names {names}, need distinct ones; rename one")
@@ -44,11 +50,11 @@ def _role_errors(name: str, role: RoleConfig, batch_size: int) -> list[str]:
         )
     if layout.sequence_parallel and layout.tp == 1:
         errors.append(f"{where}.layout.sequence_parallel: got true with tp 1, need tp > 1; leave it out")
-    least = 2 * layout.cp * (layout.tp if layout.sp else 1) if layout.cp > 1 else 1
+    least = math.lcm(2 * layout.cp if layout.cp > 1 else 1, layout.cp * layout.tp if layout.sp else 1)
     if role.max_tokens_per_micro_batch < least:
         errors.append(
-            f"{where}.max_tokens_per_micro_batch: got {role.max_tokens_per_micro_batch}, need at least {least} with "
-            f"cp {layout.cp} and tp {layout.tp} (every sequence is padded to a multiple of {2 * layout.cp}); raise it"
+            f"{where}.max_tokens_per_micro_batch: got {role.max_tokens_per_micro_batch}, need at least {least}, which "
+            f"packs are padded to a multiple of with tp {layout.tp} and cp {layout.cp}; raise it"
         )
     if role.mini_batch_size is not None and (role.mini_batch_size > batch_size or batch_size % role.mini_batch_size):
         errors.append(

@@ -57,6 +57,30 @@ def staleness_errors(config: Config) -> list[str]:
     return errors
 
 
+def offload_errors(config: Config) -> list[str]:
+    """Roles move out of a device's memory for the engines that use it in turn with them."""
+    rollout = config.rollout
+    if rollout.engine == "sglang" and rollout.sglang.placement == "colocated":
+        return []
+    return [
+        f"{name.replace('critic_', 'critics.')}.offload: got {role.offload} without engines that need the memory, need "
+        "none; leave it out, or set rollout.sglang.placement colocated"
+        for name, role in config.roles().items()
+        if role.offload != "none"
+    ]
+
+
+def transport_errors(config: Config) -> list[str]:
+    """What the weights' way into the engines needs."""
+    sync, rollout = config.weight_sync, config.rollout
+    if rollout.engine == "embedded" and sync.transport not in ("auto", "disk"):
+        return [
+            f"weight_sync.transport: got {sync.transport} with rollout.engine embedded, which reads a directory; set "
+            "auto or disk"
+        ]
+    return []
+
+
 def engine_errors(rollout: RolloutConfig) -> list[str]:
     """Everything that is wrong in `rollout.sglang` and between it and `rollout`."""
     if rollout.engine != "sglang":

@@ -52,6 +52,8 @@ class RoleConfig(Section):
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     mini_batch_size: int | None = Field(None, ge=1)  # responses an optimizer step; None: the whole batch
     epochs: int = Field(1, ge=1)
+    # colocated engines: what goes to host memory while they generate; optimizer: with the gradients
+    offload: Literal["none", "optimizer", "all"] = "none"
 
     @field_validator("ranks", mode="before")
     @classmethod

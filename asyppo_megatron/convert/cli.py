@@ -117,7 +117,9 @@ def _to_hf(args: argparse.Namespace) -> None:
     def check(partial: Path) -> None:
         result = HFCheckpoint(partial)
         count = check_tensors(result, source, processes=args.processes, quiet=args.quiet, to_hf_dtype=dtype)
-        same = has_comparable_logits(spec) and all(source.info(n).dtype == (dtype or source.info(n).dtype) for n in source.entries)
+        same = has_comparable_logits(spec) and all(
+            source.info(n).dtype == (dtype or source.info(n).dtype) for n in source.entries
+        )
         worst = None
         if same:
             worst = check_logits(partial, args.megatron, spec, critic=role == "critic", prefix=args.prefix)

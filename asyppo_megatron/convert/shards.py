@@ -111,7 +111,7 @@ def spans(kind: Kind, shapes: Sequence[tuple[int, ...]], tp_rank: int, tp: int, 
         shapes: full shapes of the tensors in table order.
 
     Returns:
-        At most one span a tensor. A replicated parameter counts as rank 0's, rows that only pad a vocabulary as nobody's.
+        At most one span a tensor. A replicated parameter counts as rank 0's, rows that pad a vocabulary as nobody's.
     """
     if kind is Kind.REPLICATED:
         return [Span(0, 0, 0, shapes[0][0])] if tp_rank == 0 else []

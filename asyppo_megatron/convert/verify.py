@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,7 +115,8 @@ class _MegatronModel:
         from asyppo_megatron.parallel.process_groups import GroupRegistry, build_groups
 
         if not dist.is_initialized():  # a converter is a process of its own: nobody else will want a group
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            alone = dist.HashStore()
+            dist.init_process_group("gloo", store=alone, rank=0, world_size=1, timeout=timedelta(minutes=1))
         prepare_megatron()
         groups = build_groups(ParallelLayout((dist.get_rank(),)), GroupRegistry())
         assert groups is not None

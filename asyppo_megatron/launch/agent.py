@@ -72,8 +72,7 @@ class Agent:
         self._leases = 0
         self._unleased_since = time.monotonic() + _FIRST_LEASE_S
         self._lock = threading.Lock()  # guards the two above
-        self._stop = threading.Event()
-        self.why_stopped = ""
+        self.why_stopped = ""  # a plain flag: an Event's lock could be held when a signal arrives
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         server_class = type("_Server", (_Server,), {"address_family": family})
         self._server = server_class((settings.host, settings.port), self)
@@ -107,17 +106,17 @@ class Agent:
         try:
             self.address.write(path)
             logger.info("agent: %s, address in %s", self.address.url, path)
-            while not self._stop.wait(_TICK_S):
+            while not self.why_stopped:
                 for engine in self.engines.values():
                     engine.tick()
                 self._look_at_leases()
+                time.sleep(_TICK_S)
         finally:
             self._close(path)
 
     def stop(self, why: str) -> None:
         """End soon; safe from any thread and from a signal handler."""
         self.why_stopped = self.why_stopped or why
-        self._stop.set()
 
     def describe(self) -> dict[str, object]:
         return {

@@ -13,7 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from asyppo_megatron.config import Config, dump_config
 from asyppo_megatron.launch.agent import fingerprint
@@ -73,11 +75,56 @@ def ensure_agent(config: Config, num_gpus: int) -> RunAgent:
     if living is not None:
         found = living.health()["fingerprint"]
         if found == fingerprint(config, num_gpus):
+            agent = RunAgent(living, path, config.rollout.sglang.linger_s)
             logger.info("agent %s: taken up with its engines", living.url)
-            return RunAgent(living, path, config.rollout.sglang.linger_s)
+            if config.rollout.sglang.placement == "colocated":
+                _start_again(living, config.rollout.sglang.start_timeout_s)
+            return agent
         logger.info("agent %s: its engines were configured otherwise; replacing it", living.url)
         _shut_down(living, path)
-    return RunAgent(_start(config, path), path, config.rollout.sglang.linger_s)
+    agent = RunAgent(_start(config, path), path, config.rollout.sglang.linger_s)
+    if config.rollout.sglang.placement == "colocated":
+        wait_for_engines(agent.client, config.rollout.sglang.start_timeout_s)  # they measure what memory is free
+    return agent
+
+
+def wait_for_engines(client: AgentClient, limit_s: float, later_than: Mapping[str, int] | None = None) -> None:
+    """Return when all engines of an agent are ready.
+
+    Args:
+        later_than: by engine, an incarnation that does not count.
+
+    Raises:
+        AgentError: one was given up, or is not ready in time.
+    """
+    deadline = time.monotonic() + limit_s
+    before = later_than or {}
+    while True:
+        rows = [row for row in client.engines() if row["state"] != "ready" or not _is_new(row, before)]
+        if not rows:
+            return
+        for row in rows:
+            if row["state"] == "failed" and _is_new(row, before):
+                raise AgentError(f"engine {row['id']}: {row['reason']}")
+        if time.monotonic() > deadline:
+            row = rows[0]
+            raise AgentError(
+                f"engine {row['id']}: still {row['state']} after {limit_s:.0f} s (rollout.sglang.start_timeout_s); "
+                f"log {row['log']}"
+            )
+        time.sleep(0.5)
+
+
+def _is_new(row: dict[str, Any], before: Mapping[str, int]) -> bool:
+    return row["incarnation"] > before.get(row["id"], 0)
+
+
+def _start_again(client: AgentClient, limit_s: float) -> None:
+    """Fresh engines: a crashed run's may be without their memory, and resuming what was not released kills a server."""
+    before = {row["id"]: row["incarnation"] for row in client.engines()}
+    for name in before:
+        client.restart(name)
+    wait_for_engines(client, limit_s, before)
 
 
 def _living(path: Path) -> AgentClient | None:

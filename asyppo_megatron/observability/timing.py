@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+from asyppo_megatron.observability.board import Slot
 
 
 class PhaseTimer:
@@ -19,9 +21,12 @@ class PhaseTimer:
 
     Args:
         device: where the phases compute; only its type matters.
+        slot: of the launcher's board, which is told every phase, or None.
+        deadline_s: longest that a phase may take, for the board; 0: any time.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, slot: Slot | None = None, deadline_s: float = 0.0):
+        self._slot, self._deadline_s = slot, deadline_s
         self._on_cuda, self._device = device.type == "cuda", device
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
@@ -32,12 +37,21 @@ class PhaseTimer:
         self._peak_of_all = 0.0
 
     @contextmanager
-    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+    def phase(self, name: str, tokens: int = 0, *, role: str = "", deadline_s: float | None = None) -> Iterator[None]:
         """Count the block towards `name`, also when it raises.
 
         Args:
             tokens: tokens that the block processes, added up by phase.
+            role: whose work it is, for the board.
+            deadline_s: longest that it may take instead of the timer's, for the board.
         """
+        patience = self._deadline_s if deadline_s is None else deadline_s
+        noted = self._slot.during(name, patience, role) if self._slot is not None else nullcontext()
+        with noted, self._timed(name, tokens):
+            yield
+
+    @contextmanager
+    def _timed(self, name: str, tokens: int) -> Iterator[None]:
         self._seconds.setdefault(name, 0.0)
         if tokens:
             self.count(name, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -16,21 +17,32 @@ class GroupRegistry:
 
     Every rank of the world must ask for the same tuples in the same order, members or not: making a group is
     a collective of the world.
+
+    Args:
+        timeout_s: of every collective in these groups. Without it torch takes its own default, not the world's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 1800.0) -> None:
         self._groups: dict[tuple[int, ...], Any] = {}
+        self._timeout = timedelta(seconds=timeout_s)
 
-    def get(self, ranks: tuple[int, ...]) -> Any:
-        """The group of `ranks`, or None on a rank outside it."""
+    def get(self, ranks: tuple[int, ...], name: str = "group") -> Any:
+        """The group of `ranks`, or None on a rank outside it.
+
+        Args:
+            name: what an error calls the group; of those who share it, the first decides.
+        """
         if ranks not in self._groups:
             whole = ranks == tuple(range(dist.get_world_size()))
-            self._groups[ranks] = dist.group.WORLD if whole else dist.new_group(list(ranks))
+            text = f"{name} of ranks {', '.join(map(str, ranks))}"
+            self._groups[ranks] = (
+                dist.group.WORLD if whole else dist.new_group(list(ranks), timeout=self._timeout, group_desc=text)
+            )
         return self._groups[ranks] if dist.get_rank() in ranks else None
 
-    def mine(self, partition: list[tuple[int, ...]]) -> Any:
+    def mine(self, partition: list[tuple[int, ...]], name: str = "group") -> Any:
         """Make every group of a partition; return the one this rank is in, or None."""
-        groups = [self.get(ranks) for ranks in partition]
+        groups = [self.get(ranks, name) for ranks in partition]
         return next((g for g in groups if g is not None), None)
 
     def __len__(self) -> int:
@@ -72,8 +84,11 @@ class RoleGroups:
         return self.is_output and self.at.dp == 0
 
 
-def build_groups(layout: ParallelLayout, registry: GroupRegistry) -> RoleGroups | None:
+def build_groups(layout: ParallelLayout, registry: GroupRegistry, name: str = "role") -> RoleGroups | None:
     """All groups of one role. Called by every rank of the world, role after role in one fixed order.
+
+    Args:
+        name: of the role; groups are called `<role>.<axis>` in errors.
 
     Returns:
         None on ranks outside the role.
@@ -88,10 +103,10 @@ def build_groups(layout: ParallelLayout, registry: GroupRegistry) -> RoleGroups 
         "mp": ("tp", "pp"),
         "tp_dp_cp": ("tp", "dp", "cp"),
     }
-    made = {name: registry.mine(layout.groups(*names)) for name, names in axes.items()}
-    made["embd"] = registry.mine(layout.embedding_groups())
-    role = registry.get(layout.ranks)
-    single = registry.mine([(r,) for r in layout.ranks])
+    made = {axis: registry.mine(layout.groups(*names), f"{name}.{axis}") for axis, names in axes.items()}
+    made["embd"] = registry.mine(layout.embedding_groups(), f"{name}.embd")
+    role = registry.get(layout.ranks, name)
+    single = registry.mine([(r,) for r in layout.ranks], f"{name}.self")
     rank = dist.get_rank()
     if rank not in layout.ranks:
         return None

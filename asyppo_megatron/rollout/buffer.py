@@ -9,6 +9,7 @@ is the whole state of the buffer: a resumed run starts again from there, loses n
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         """Of its responses, as they were scored."""
-        return [r.verdict.reward for r in self.responses]
+        return [r.verdict.total for r in self.responses]
 
 
 class GroupBuffer:
@@ -59,10 +60,11 @@ class GroupBuffer:
     Args:
         prompts_per_step: groups of a batch.
         max_staleness: batches that may be generated ahead of the one that is trained on.
+        num_steps: of the run; nothing is generated for later ones.
     """
 
-    def __init__(self, prompts_per_step: int, max_staleness: int):
-        self._size, self._ahead = prompts_per_step, max_staleness
+    def __init__(self, prompts_per_step: int, max_staleness: int, num_steps: int = sys.maxsize):
+        self._size, self._ahead, self._num_steps = prompts_per_step, max_staleness, num_steps
         self._line: deque[Group] = deque()
 
     def __len__(self) -> int:
@@ -75,7 +77,8 @@ class GroupBuffer:
             next_step: whose batch leaves the buffer next.
             wanted_step: that the ranks train on with the current weights; those of later steps run ahead.
         """
-        places = max(wanted_step + self._ahead + 1 - next_step, 0) * self._size
+        end = min(wanted_step + self._ahead + 1, max(self._num_steps, wanted_step + 1))
+        places = max(end - next_step, 0) * self._size
         return max(places - sum(group.kept for group in self._line), 0)
 
     def add(self, groups: Sequence[Group]) -> None:

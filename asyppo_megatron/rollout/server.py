@@ -96,8 +96,9 @@ def driver_main(config: Config, run_dir: Path, socket_path: Path, parent: int) -
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Its trainer ends it. Slurm signals every process of a job, and this one's workers inherit what it ignores.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     path = run_dir / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,8 @@ class ServerPool:
 
     async def fail(self, server: Server, fault: EngineFault) -> None:
         """A request to a server failed: put it off, or give it up when it is lost."""
-        log.warning("engine %s: %s", server.url, fault)
+        if server.is_ready or not fault.is_lost:  # the requests that are lost with it say nothing new
+            log.warning("engine %s: %s", server.url, fault)
         if not fault.is_lost:
             server.put_off()
         elif server.is_ready:
@@ -203,7 +204,6 @@ class ServerPool:
             await self._post(server, "/pause_generation", {"mode": self._mode})
         elif not was_ready:  # an update may have been cut off, or another client paused it
             await self._post(server, "/continue_generation", {})
-            await self._post(server, "/abort_request", {"rid": "", "abort_all": True})
         keeps_cache = has_work and not server.is_paused and self._mode == "in_place"
         body = {"model_path": str(path), "weight_version": str(version), "flush_cache": False}
         await self._post(server, "/update_weights_from_disk", body, self._config.start_timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from asyppo_megatron.observability.board import Slot
 from asyppo_megatron.parallel.exchange import broadcast_batch
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.client import DriverHandle, RolloutError
 from asyppo_megatron.types import PackedBatch
 
-_POLL_S = 5.0
+logger = logging.getLogger(__name__)
+_POLL_S = 2.0
+_STOP = b"stop"  # in place of "ready"
 
 
 class DriverSource:
@@ -27,6 +31,8 @@ class DriverSource:
         handle: the driver on rank 0, None elsewhere.
         store: key-value store of the run.
         timeout_s: longest wait for one batch.
+        slot: says whether the run is to stop.
+        patience_s: longest that a batch may take from rank 0 to all others, for the board.
         max_staleness: updates that may lie between the weights of a token and the step that trains on it.
     """
 
@@ -37,8 +43,11 @@ class DriverSource:
         store: dist.Store,
         device: torch.device,
         timeout_s: float,
+        slot: Slot,
+        patience_s: float,
         max_staleness: int = 0,
     ):
+        self._slot, self._patience_s = slot, patience_s
         self._handle, self._run_dir, self._store = handle, run_dir, store
         self._device, self._timeout_s, self._max_staleness = device, timeout_s, max_staleness
         self.manifest: dict[str, Any] = {}  # of the last batch, on rank 0
@@ -66,8 +75,11 @@ class DriverSource:
         if self._handle is not None:
             self._handle.client.start(step, policy_version)
 
-    def next_batch(self, step: int) -> PackedBatch:
+    def next_batch(self, step: int) -> PackedBatch | None:
         """The step's batch, on every rank. A collective of the world once the rollouts are there.
+
+        Returns:
+            None, on every rank, where the run was asked to stop while the rollouts were generated.
 
         Raises:
             RolloutError: generation failed, the driver died, or the deadline passed.
@@ -75,9 +87,15 @@ class DriverSource:
         key = f"batch/{step}"
         if self._handle is None:
             self._store.wait([key], timedelta(seconds=self._timeout_s))
-            return broadcast_batch(None, None, self._device)
+            if self._store.get(key) == _STOP:
+                return None
+            with self._slot.during("batch", self._patience_s):
+                return broadcast_batch(None, None, self._device)
         waited = 0.0
-        while not self._handle.client.wait(step, _POLL_S):
+        while not self._is_ready(step):
+            if self._slot.stop_requested:
+                self._store.set(key, _STOP)
+                return None
             waited += _POLL_S
             if waited >= self._timeout_s:
                 raise RolloutError(
@@ -95,7 +113,19 @@ class DriverSource:
         self._store.set(key, "ready")
         self._store.delete_key(f"batch/{step - 2}")  # everyone has passed it
         header = (step, version, arrays["tokens"].size, arrays["rewards"].size)
-        return broadcast_batch(arrays, header, self._device)
+        with self._slot.during("batch", self._patience_s):
+            return broadcast_batch(arrays, header, self._device)
+
+    def _is_ready(self, step: int) -> bool:
+        """Whether the step's rollouts are there, after a short wait."""
+        assert self._handle is not None
+        try:
+            return self._handle.client.wait(step, _POLL_S)
+        except RolloutError as e:
+            if not self._slot.stop_requested:
+                raise
+            logger.warning("stopping; rollouts of step %d failed, perhaps by the same signal: %s", step, e)
+            return False
 
     def evaluate(self, step: int) -> list[dict[str, Any]]:
         """Evaluation results of the weights that the engine holds; empty on ranks other than 0."""

@@ -35,13 +35,11 @@ class EngineTarget:
 
     Attributes:
         url: http://host:port.
-        host: name of its node, as `socket.gethostname` gives it there; "" when unknown.
-        gpus: UUIDs of the GPUs of its tp ranks, in order; empty when unknown or on a CPU.
+        gpus: of its tp ranks, in order, as `devices` names them; empty when unknown or on a CPU.
         colocated: on a CPU: it runs on the actor's machine.
     """
 
     url: str
-    host: str = ""
     gpus: tuple[str, ...] = ()
     colocated: bool = False
 

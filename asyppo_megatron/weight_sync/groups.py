@@ -32,6 +32,7 @@ class UpdateGroup:
         host = _own_address(self.urls)
         size = 1 + sum(tp for _, tp in engines)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        self._is_named = backend == "nccl"
         timeout = timedelta(seconds=timeout_s)
         tcp = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False, timeout=timeout)
         asked, offset = [], 1
@@ -46,25 +47,24 @@ class UpdateGroup:
             }
             asked.append(Request(url, "POST", "/init_weights_update_group", body, timeout_s))
             offset += tp
-        self._pg: Any = _join(backend, dist.PrefixStore(name, tcp), size, name, timeout)
+        self._pg: Any = join(backend, dist.PrefixStore(name, tcp), size, name, timeout)
         self._store = tcp  # the group's rendezvous lives as long as the group
         for request in asked:
             request.answer()
 
     def broadcast(self, flat: torch.Tensor) -> None:
         """This process's bytes to every engine; returns when the buffer may be written again."""
-        dist.broadcast(flat, group=self._pg, group_src=0)
-        if flat.device.type == "cuda":
-            torch.cuda.current_stream(flat.device).synchronize()
+        broadcast(self._pg, flat)
 
     def close(self) -> None:
         """Leave the group, also after an error: what waits in it, here or in an engine, ends with an error."""
         if self._pg is None:
             return
         pg, self._pg = self._pg, None
-        if dist.get_backend(pg) == "nccl":
+        if self._is_named:
             pg.abort()
-        dist.destroy_process_group(pg)
+            dist.destroy_process_group(pg)
+        del pg  # the last reference of a gloo group closes its connections
         for url in self.urls:
             try:
                 call(url, "/destroy_weights_update_group", _FAREWELL_S, {"group_name": self.name})
@@ -72,13 +72,33 @@ class UpdateGroup:
                 continue  # it is gone, or has forgotten the group with the process that knew it
 
 
-def _join(backend: str, store: dist.Store, size: int, name: str, timeout: timedelta) -> Any:
-    """The group as SGLang's `init_custom_process_group` makes it: both sides must use the same keys of the store."""
+def join(backend: str, store: dist.Store, size: int, name: str, timeout: timedelta, rank: int = 0) -> Any:
+    """The group as SGLang's `init_custom_process_group` makes it: both sides must use the same keys of the store.
+
+    gloo connects at once, as the engines do: the trainer's own groups connect on first use, which the other side of a
+    connection has to know.
+    """
+    if backend == "gloo":
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timeout
+        options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=False)]
+        # The keys that torch's helper for named groups uses, with which the engines join.
+        keys = dist.PrefixStore("cpu/", dist.PrefixStore(f"{name}/", store))
+        return dist.ProcessGroupGloo(keys, rank, size, options)
     pg, _ = c10d._new_process_group_helper(
-        size, 0, [], dist.Backend(backend), store, group_name=name, backend_options=None, timeout=timeout
+        size, rank, [], dist.Backend(backend), store, group_name=name, backend_options=None, timeout=timeout
     )
-    c10d._world.pg_group_ranks[pg] = {rank: rank for rank in range(size)}
+    c10d._world.pg_group_ranks[pg] = {r: r for r in range(size)}
     return pg
+
+
+def broadcast(pg: Any, flat: torch.Tensor) -> None:
+    """Rank 0's bytes to all of the group; returns when the buffer may be used again."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    pg.broadcast([flat], options).wait()
+    if flat.device.type == "cuda":
+        torch.cuda.current_stream(flat.device).synchronize()
 
 
 def _own_address(urls: list[str]) -> str:

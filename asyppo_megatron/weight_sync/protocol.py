@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _PROBE_S = 30.0  # an engine that does not describe itself in this time is not there
 _POLL_S = 1.0
+_EARLY, _LATE = ("weights",), ("kv_cache", "cuda_graph")  # an engine's memory: before and after its new weights
+_RELEASED = "released"  # weight version of an engine without its memory
 _PARALLEL = 64  # engines spoken to at once
 
 
@@ -56,8 +58,10 @@ class EngineSessions:
     def __init__(self, options: SyncOptions, targets: Callable[[int], Sequence[EngineTarget]]):
         self.options, self._targets = options, targets
         self.engines: dict[str, Engine] = {}
+        self._all: list[str] = []  # every engine that was there at the last push
         self.groups: list[GroupPlan] = []
         self._holds: dict[str, tuple[str, int]] = {}  # url -> (incarnation, version) of what we brought it
+        self._version = 0  # of the last push
 
     @property
     def urls(self) -> list[str]:
@@ -92,6 +96,7 @@ class EngineSessions:
         dtypes = {e.state.dtype for e in found.values()}
         if len(dtypes) > 1:
             raise EngineError(f"engines: got dtypes {sorted(dtypes)}, need one; start all with the same dtype")
+        self._all = list(found)
         self.engines = {
             url: e for url, e in found.items() if self._holds.get(url) != (e.state.incarnation, policy_version)
         }
@@ -124,7 +129,7 @@ class EngineSessions:
                     if not e.lost:
                         raise
                     log.warning("weight sync: %s; it gets the next version", e)
-                    del self.engines[url]
+                    self.engines.pop(url, None)
         return total
 
     def _pause(self, url: str) -> None:
@@ -138,8 +143,50 @@ class EngineSessions:
             if patience:
                 raise
 
+    def release(self) -> None:
+        """Have the engines give up their memory; on return they have, or are gone.
+
+        Raises:
+            EngineError: one refuses.
+        """
+
+        def give_up(url: str) -> None:
+            limit = self.options.timeout_s
+            if describe(url, limit).weight_version == _RELEASED:
+                return
+            call(url, "/pause_generation", limit, {"mode": "retract"})
+            wait_until_flushed(url, limit, limit)
+            # An engine does not say whether it has its memory, and does not survive being given it twice: its version
+            # says so, also to a trainer that starts anew.
+            self._name_version(url, _RELEASED)
+            call(url, "/release_memory_occupation", limit, {"tags": [*_EARLY, *_LATE]})
+
+        self._each(self._all, give_up)
+
+    def _resume_weights(self, url: str) -> None:
+        """An engine that gave up its memory gets back the part that the new weights need."""
+        if self.engines[url].state.weight_version == _RELEASED:
+            call(url, "/resume_memory_occupation", self.options.timeout_s, {"tags": list(_EARLY)})
+
+    def _name_version(self, url: str, name: str) -> None:
+        body = {"new_version": name, "abort_all_requests": False}
+        call(url, "/update_weight_version", self.options.timeout_s, body)
+
+    def wake(self) -> None:
+        """Let the engines of the last push go on, with all of their memory and under their new version."""
+
+        def go_on(url: str) -> None:
+            limit = self.options.timeout_s
+            if self.engines[url].state.weight_version == _RELEASED:
+                call(url, "/resume_memory_occupation", limit, {"tags": list(_LATE)})
+            self._name_version(url, str(self._version))
+            call(url, "/continue_generation", limit, {})
+
+        self._each(self.urls, go_on)
+
     def _begin_one(self, url: str) -> None:
         self._pause(url)
+        self._resume_weights(url)
         limit = self.options.timeout_s
         try:
             call(url, "/begin_weight_update", limit, {"selector": "all"})
@@ -158,7 +205,7 @@ class EngineSessions:
 
         Args:
             urls: engines of this pass.
-            ranks: the actor's world rank on each GPU, by UUID; empty on a CPU.
+            ranks: the actor's world rank on each GPU, by the GPU's name; empty on a CPU.
         """
         beside, others = [], []
         for url in urls:
@@ -212,6 +259,7 @@ class EngineSessions:
 
         def load(url: str) -> None:
             self._pause(url)
+            self._resume_weights(url)
             call(url, "/update_weights_from_disk", self.options.timeout_s, body)
 
         self._each(self.urls, load)
@@ -219,7 +267,7 @@ class EngineSessions:
             raise EngineError(f"weight sync of policy version {policy_version}: every engine was lost while loading")
 
     def finish(self, policy_version: int, expected: Checksums, spec: ModelSpec, mode: str) -> int:
-        """Close the sessions, compare, name the version, let the engines go on.
+        """Close the sessions and compare; name the version and let the engines go on, unless they are colocated.
 
         Returns:
             How many parameters were compared, over all engines and their ranks.
@@ -238,11 +286,11 @@ class EngineSessions:
                 body = {"action": "checksum", "skip_tensor_list": sample.left_out()}
                 answer = call(url, "/weights_checker", limit, body)
                 compared = compare(url, policy_version, expected[self.engines[url].state.tp], answer)
-            name = {"new_version": str(policy_version), "abort_all_requests": False}
-            call(url, "/update_weight_version", limit, name)
-            call(url, "/continue_generation", limit, {})
             return compared
 
         total = self._each(self.urls, close)
+        self._version = policy_version
+        if not self.options.colocated:
+            self.wake()
         self._holds |= {u: (e.state.incarnation, policy_version) for u, e in self.engines.items()}
         return total

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from asyppo_megatron.weight_sync import ipc
 from asyppo_megatron.weight_sync.buckets import Bucket, BucketStream
 from asyppo_megatron.weight_sync.checksum import Checksums, Sample, add_checksums, merge
 from asyppo_megatron.weight_sync.collective import CollectiveSender, GroupPlan, Turns
+from asyppo_megatron.weight_sync.devices import own_gpu
 from asyppo_megatron.weight_sync.disk import push_to_directory
 from asyppo_megatron.weight_sync.engines import EngineError, EngineTarget
 from asyppo_megatron.weight_sync.protocol import EngineSessions
@@ -53,6 +53,7 @@ class SyncOptions:
         timeout_s: longest wait for an answer, a broadcast, or an engine that restarts.
         pause_mode: what happens to requests under way: "abort", "retract" or "in_place" (SGLang's words).
         directory: of the disk transport.
+        colocated: the engines share the training ranks' devices: `release` before training, `wake` after a push.
     """
 
     transport: str
@@ -61,6 +62,7 @@ class SyncOptions:
     timeout_s: float
     pause_mode: str = "retract"
     directory: Any = None
+    colocated: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,12 @@ class EngineSync:
         name: str,
     ):
         self.groups, self.spec, self.store, self.device, self.options = groups, spec, store, device, options
-        self.name, self._count = name, 0
+        self.name, self._count, self._talks = name, 0, 0
         at = groups.at
         self.is_lead = leads(groups)
         self._streams = at.dp == 0 and at.cp == 0
         self.sends = self._streams and at.tp == 0
-        where = {"host": socket.gethostname(), "gpu": _gpu_uuid(device)}
+        where = {"gpu": own_gpu(device)}
         store.set(f"{name}/rank/{dist.get_rank()}", json.dumps(where))
         self.sessions = EngineSessions(options, targets) if self.is_lead else None
         self.collective = CollectiveSender(at.pp, name, device, options.timeout_s) if self.sends else None
@@ -148,6 +150,29 @@ class EngineSync:
             if lead is not None:
                 lead.decide(order)
             attempt += 1
+
+    def release(self) -> None:
+        """Have colocated engines give up their memory; returns on every rank of the actor when they have."""
+        self._from_lead("release", lambda sessions: sessions.release())
+
+    def wake(self) -> None:
+        """Have colocated engines take their memory and generate; call it when every rank has moved out."""
+        self._from_lead("wake", lambda sessions: sessions.wake())
+
+    def _from_lead(self, what: str, action: Callable[[EngineSessions], None]) -> None:
+        """The lead acts, and tells the others how it went."""
+        self._talks += 1
+        key = f"{self.name}/{what}/{self._talks}"
+        if self.sessions is not None:
+            error = ""
+            try:
+                action(self.sessions)
+            except RunError as e:
+                error = str(e)
+            self.store.set(key, json.dumps(error))
+            self.store.delete_key(f"{self.name}/{what}/{self._talks - 4}")
+        if text := json.loads(self.store.get(key)):
+            raise SyncError(text)
 
     def _follow(self, order: _Order, model: nn.Module, policy_version: int, prefix: str) -> None:
         """Do what the lead ordered and report what came of it."""
@@ -410,7 +435,3 @@ class _Lead:
                 "attempts": self.attempt,
             },
         )
-
-
-def _gpu_uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_files import read, write
+from parity_files import TIED_COPY, read, write
 from parity_models import ACTOR, CRITIC, save_model
 from parity_world import run_forked
 
@@ -62,6 +62,15 @@ def make_config(directory: Path, name: str) -> Config:
         checkpoint={"every": 1, "async_save": name == "tied"},
         data={"train": directory / "none.jsonl"},
     )
+
+
+def without_context_parallelism(config: Config) -> Config:
+    """The same roles with data parallelism in the place of context parallelism."""
+
+    def plain(role: Any) -> Any:
+        return role.model_copy(update={"layout": role.layout.model_copy(update={"cp": 1})})
+
+    return config.model_copy(update={"actor": plain(config.actor), "critics": tuple(map(plain, config.critics))})
 
 
 class Spy:
@@ -134,6 +143,8 @@ def run_spied(device: torch.device, store: Any, directory: Path, names: list[str
     """Train two steps with pushes and saves, export, resume after the first and train on; all of it spied on."""
     import torch.distributed as dist
     from parity_loop import build_run
+    from parity_roles import gather
+    from safetensors.torch import load_file
 
     from asyppo_megatron.convert.names import named_parameters
     from asyppo_megatron.run import export_models
@@ -142,6 +153,8 @@ def run_spied(device: torch.device, store: Any, directory: Path, names: list[str
     spy = Spy()
     steps: list[int] = []
     exact: dict[str, dict[str, bool]] = {}
+    exported: dict[str, dict[str, bool]] = {}
+    without_context: dict[str, dict[str, bool]] = {}
     try:
         for name in names:
             config = make_config(directory, name)
@@ -150,6 +163,20 @@ def run_spied(device: torch.device, store: Any, directory: Path, names: list[str
             run.checkpoints.finish(wait=True)
             export_models(run)
             steps.append(run.checkpoints.latest())
+            dist.barrier()  # the exports are complete
+            whole = {role: gather(trained, lambda p: p) for role, trained in run.world.roles.items()}
+            for role, tensors in whole.items():
+                files = (config.run_dir / "hf" / role).glob("*.safetensors")
+                file = {n: t for path in files for n, t in load_file(path).items()}
+                same = all(torch.equal(file[n.removeprefix(TIED_COPY)].float(), t) for n, t in tensors.items())
+                exported.setdefault(name, {})[role] = same
+            relaid = build_run(without_context_parallelism(config), device, store)
+            relaid.checkpoints.load(2)
+            for role, trained in relaid.world.roles.items():
+                tensors = gather(trained, lambda p: p)
+                same = all(torch.equal(t, tensors[n]) for n, t in whole[role].items())
+                without_context.setdefault(name, {})[role] = same
+            relaid.checkpoints.close()
             again = build_run(config, device, store)
             again.checkpoints.load(1)
             train(again, 1)
@@ -161,6 +188,7 @@ def run_spied(device: torch.device, store: Any, directory: Path, names: list[str
             run.checkpoints.close()
     finally:
         facts = {"reads": spy.reads, "trapped": sorted(spy.traps), "steps": steps, "exact": exact}
+        facts |= {"exported": exported, "without_context": without_context}
         write(directory / f"rank-{dist.get_rank()}", {}, facts)
 
 
@@ -239,3 +267,12 @@ def test_a_resumed_run_ends_with_the_same_bits_in_every_role_and_layout(spied: P
         assert facts["exact"].keys() == {"tied", "untied"}
         different = [(run, role) for run, roles in facts["exact"].items() for role, same in roles.items() if not same]
         assert not different, f"rank {rank}"
+
+
+@pytest.mark.parametrize("fact", ["exported", "without_context"])
+def test_exports_and_checkpoints_hold_every_layouts_weights(fact: str, spied: Path) -> None:
+    """Of replicas over data and context parallelism too; a checkpoint loads without context parallelism."""
+    for rank in range(RANKS):
+        _, facts = read(spied / f"rank-{rank}")
+        different = [(run, role) for run, roles in facts[fact].items() for role, same in roles.items() if not same]
+        assert facts[fact].keys() == {"tied", "untied"} and not different, f"rank {rank}"

@@ -6,24 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_runs import Asyppo, Command, init_model
-from transformers.utils.logging import disable_progress_bar
-
-from asyppo_megatron.demo import prepare
+from e2e_runs import Asyppo, Command, make_data
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer, problems, and the models `actor` and `critic`."""
-    directory = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("NUM_SUPERVISED", 8), ("NUM_TRAIN", 64), ("NUM_HELD_OUT", 12)):
-            patch.setattr(prepare, name, count)
-        prepare.prepare_demo(directory)
-    disable_progress_bar()
-    init_model(directory / "actor", hidden=32, seed=0)
-    init_model(directory / "critic", hidden=16, seed=1)
-    return directory
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ import pytest
 import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
-from asyppo_megatron.demo import task
+from asyppo_megatron.demo import prepare, task
 from asyppo_megatron.observability.metrics import Row, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,18 @@ def init_model(directory: Path, hidden: int, seed: int) -> None:
         dtype="float32",
     )
     Qwen3ForCausalLM(config).save_pretrained(directory)
+
+
+def make_data(directory: Path) -> Path:
+    """Tokenizer, problems, and the models `actor` and `critic`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, count in (("NUM_SUPERVISED", 8), ("NUM_TRAIN", 64), ("NUM_HELD_OUT", 12)):
+            patch.setattr(prepare, name, count)
+        prepare.prepare_demo(directory)
+    disable_progress_bar()
+    init_model(directory / "actor", hidden=32, seed=0)
+    init_model(directory / "critic", hidden=16, seed=1)
+    return directory
 
 
 class Command:
@@ -167,6 +180,15 @@ class Command:
         for process in self.processes():
             process.kill()
         self.process.wait()
+
+
+TIMES = re.compile(r"seconds|memory/|tokens_per_second")
+
+
+def trajectory(run_dir: Path) -> list[Row]:
+    """All rows of a run, without what depends on the machine's mood."""
+    rows = [{name: v for name, v in row.items() if not TIMES.search(name)} for row in read_metrics(run_dir)]
+    return sorted(rows, key=lambda row: (row["step"], "reward" not in row))
 
 
 def steps(path: Path) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from e2e_runs import LIMIT_S, Asyppo, saved_steps, steps
 from safetensors.torch import load_file
@@ -81,3 +82,16 @@ def test_what_was_dropped_and_skipped_is_counted_on_after_a_resume(asyppo: Asypp
         assert {name: found[name] for name in names} == {name: expected[name] for name in names}
     assert rows[0][-1]["filter/dropped_groups_total"] > rows[0][1]["filter/dropped_groups_total"] > 0
     assert rows[0][-1]["skipped_prompts"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
+def test_asyppo_runs_with_one_and_with_four_critics(asyppo: Asyppo, tmp_path: Path, count: int):
+    critics = ", ".join(f"{{model: {asyppo.data / 'critic'}, ranks: {2 + m}, precision: fp32}}" for m in range(4))
+    masks = ["ppo.advantage_mask_fraction=0", "ppo.entropy_mask_fraction=0"] if count == 1 else []
+    run = asyppo.train(
+        tmp_path / "run", f"critics=[{critics}]", f"critics_used={count}", "num_steps=2", "eval.every=0", *masks
+    )
+    for row in steps(run.run_dir):
+        assert [f"loss/critic_{m}" in row for m in range(5)] == [m < count for m in range(5)]
+    assert len(list((run.run_dir / "logs").glob("rank-*"))) == 2 + count

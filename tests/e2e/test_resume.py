@@ -7,25 +7,16 @@ times and memory aside. Each role has a schedule of its own and saves lie two st
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, stop
+from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, stop, trajectory
 
 from asyppo_megatron.backend.scratch import ScratchDirectory, remove_abandoned
-from asyppo_megatron.observability.metrics import Row, read_metrics
 
-TIMES = re.compile(r"seconds|memory/|tokens_per_second")
 PROCESSES = ["launcher", "rank-00000", "rank-00001", "rank-00003", "driver"]
-
-
-def trajectory(run_dir: Path) -> list[Row]:
-    """All rows of a run, without what depends on the machine's mood."""
-    rows = [{name: v for name, v in row.items() if not TIMES.search(name)} for row in read_metrics(run_dir)]
-    return sorted(rows, key=lambda row: (row["step"], "reward" not in row))
 
 
 def scratch_of(command: Command) -> list[Path]:
@@ -103,18 +94,50 @@ def test_every_process_may_be_killed_between_and_during_saves(finished: Command,
     assert trajectory(run_dir) == trajectory(finished.run_dir)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_to_the_launcher_stops_everything_and_the_run_can_go_on(finished, asyppo: Asyppo, tmp_path, sig):
+@pytest.mark.slow
+def test_ctrl_c_stops_everything_at_once_and_the_run_can_go_on(finished, asyppo: Asyppo, tmp_path):
+    command = asyppo.start(tmp_path / "run", "eval.every=0", "checkpoint.every=0")
+    command.wait_for_step(2)
+    stop(command, "launcher", signal.SIGINT)
+    assert command.wait() == 128 + signal.SIGINT
+    assert command.err.splitlines()[-1] == "stopped by SIGINT; start the same command again to resume"
+    assert "Traceback" not in command.err and saved_steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on_exactly(finished, asyppo: Asyppo, tmp_path, sig):
     run_dir = tmp_path / "run"
-    shutil.copytree(finished.run_dir, run_dir)
-    for step in (4, 6):
-        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
-    command = asyppo.start(run_dir, "eval.every=0", "checkpoint.every=0")
-    command.wait_for_step(3)
-    stop(command, "launcher", sig)
-    assert command.wait() == 128 + sig
-    assert command.err.splitlines()[-1] == f"stopped by {sig.name}; start the same command again to resume"
-    assert "Traceback" not in command.err
+    command = asyppo.start(run_dir, "checkpoint.every=0")
+    command.wait_for_step(2)
+    for process in command.processes():  # as Slurm does it: to everything that belongs to the job
+        process.send_signal(sig)
+    assert command.wait() == 75
+    assert command.err.splitlines()[-1] == (
+        f"stopped by {sig.name} after a checkpoint; start the same command again to resume"
+    )
+    (step,) = saved_steps(run_dir)
+    assert 2 <= step < NUM_STEPS and "Traceback" not in command.err
+    asyppo.train(run_dir, "checkpoint.every=0")
+    assert saved_steps(run_dir) == [step, NUM_STEPS]
+    assert trajectory(run_dir) == trajectory(finished.run_dir)
+
+
+@pytest.mark.slow  # it waits for most of the collectives' timeout
+def test_a_rank_that_hangs_ends_the_run_by_name_with_the_stacks_of_the_others(finished, asyppo: Asyppo, tmp_path):
+    run_dir = tmp_path / "run"
+    command = asyppo.start(run_dir, "checkpoint.every=1", "collective_timeout_s=40")
+    command.wait_for_step(2)
+    stop(command, "rank-00001", signal.SIGSTOP)
+    assert command.wait() == 1
+    assert re.fullmatch(
+        r"error: step [3-6]: no progress for \d+ s; rank 1 \(actor; process \d+\) is stopped by a signal in \w+; "
+        r"waiting for it: rank 0 in .*; stacks of the ranks that answer \(0, 2, 3\) are in their logs; logs of .*",
+        command.err.splitlines()[-1],
+    ), command.err
+    for rank in (0, 2, 3):
+        assert "most recent call first" in (run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
+    asyppo.train(run_dir, "checkpoint.every=1")
+    assert trajectory(run_dir) == trajectory(finished.run_dir)
 
 
 def test_abandoned_directories_are_removed_and_those_in_use_are_not(tmp_path):

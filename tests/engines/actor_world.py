@@ -82,6 +82,7 @@ def _rank_main(rank: int, tp: int, pp: int, port: int, base: Path, pipe: Connect
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as the product's ranks have it, and engines do not
     from asyppo_megatron.backend import prepare_megatron
     from asyppo_megatron.config import LayoutConfig
     from asyppo_megatron.models.gpt import build_model, transformer_config
@@ -129,6 +130,14 @@ def push(rank: Rank, name: str, targets: list[Any], version: int, options: dict[
             name=name,
         )  # fmt: skip
     return rank.syncs[name].push(rank.model, version)
+
+
+def release(rank: Rank, name: str) -> None:
+    rank.syncs[name].release()
+
+
+def wake(rank: Rank, name: str) -> None:
+    rank.syncs[name].wake()
 
 
 def corrupt_next_bucket(rank: Rank, name: str) -> None:

@@ -117,6 +117,7 @@ def test_an_agent_whose_run_does_not_come_back_ends_itself(engine_model: Path, t
     assert_gone([found["pid"], *engine["pids"]], found["url"])
 
 
+@pytest.mark.slow
 def test_a_run_configured_otherwise_does_not_take_the_old_engines(engine_model: Path, tmp_path: Path):
     crashed, found = start_owner(write_config(engine_model, tmp_path / "run"))
     crashed.kill()
@@ -127,3 +128,20 @@ def test_a_run_configured_otherwise_does_not_take_the_old_engines(engine_model: 
     assert read_address(address_path(tmp_path / "run")).pid == found_other["pid"]
     other.communicate("finish\n", timeout=GONE_S)
     assert_gone([found_other["pid"]], found_other["url"])
+
+
+@pytest.mark.slow
+def test_colocated_engines_are_ready_before_the_run_begins_and_started_again_after_a_crash(engine_model, tmp_path):
+    config = write_config(engine_model, tmp_path / "run", placement="colocated", **PATIENT)
+    crashed, found = start_owner(config)
+    (before,) = AgentClient(found["url"]).engines()
+    assert before["state"] == "ready"
+    crashed.kill()
+    crashed.wait()
+    again, found_again = start_owner(config)
+    (after,) = AgentClient(found["url"]).engines()
+    assert found_again == found
+    assert after["state"] == "ready"
+    assert after["incarnation"] > before["incarnation"]
+    again.communicate("finish\n", timeout=GONE_S)
+    assert_gone([found["pid"], *before["pids"], *after["pids"]], found["url"], after["url"])

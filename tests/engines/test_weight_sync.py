@@ -173,6 +173,26 @@ def test_requests_under_way_go_on_with_the_new_weights(
     restore(world, engine_server, versions)
 
 
+def test_a_colocated_engine_has_no_memory_between_release_and_its_new_weights(
+    world: ActorWorld, engine_server: EngineServer, versions: Callable[[int], Path], tmp_path: Path
+) -> None:
+    given = options("auto", tmp_path, colocated=True)
+    world.call(actor_world.load, versions(1))
+    assert isinstance(sync(world, "before", [engine_server], 1, given), dict)
+    assert world.call(actor_world.wake, "before") == [None] * 4
+    assert_engine_is_the_actor(world, engine_server, 1)
+    assert world.call(actor_world.release, "before") == [None] * 4
+    assert engine_server.get("/model_info")["weight_version"] == "released"
+    assert world.call(actor_world.release, "before") == [None] * 4  # again, as a trainer would that lost count
+    # Another trainer takes over, finds the engine without memory and brings it back.
+    world.call(actor_world.load, versions(2))
+    done = sync(world, "after-release", [engine_server], 2, given)
+    assert isinstance(done, dict) and done["compared"], done
+    assert world.call(actor_world.wake, "after-release") == [None] * 4
+    assert_engine_is_the_actor(world, engine_server, 2)
+    restore(world, engine_server, versions)
+
+
 def test_a_full_disk_is_said_and_leaves_the_last_version(
     world: ActorWorld, engine_server: EngineServer, versions: Callable[[int], Path], tmp_path: Path
 ) -> None:

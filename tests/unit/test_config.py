@@ -79,7 +79,7 @@ def test_sections_cannot_be_changed():
             ]
             * 2,
         ),
-        ({"data": {"train": None}}, ["data.train: Input is not a valid path for <class 'pathlib.Path'> (got None)"]),
+        ({"data": {"train": 3}}, ["data.train: Input is not a valid path for <class 'pathlib.Path'> (got 3)"]),
         ({"actor": {"ranks": "0-x"}}, ["actor.ranks: got '0-x', need ranks like '0-7' or '0,2-3' (got '0-x')"]),
         ({"ppo": {"gamma": 2}}, ["ppo.gamma: Input should be less than or equal to 1 (got 2)"]),
     ],
@@ -104,9 +104,9 @@ def test_a_missing_section_is_named():
             "actor.ranks",
         ),
         (
-            {"actor": {"ranks": "0-3", "layout": {"cp": 2, "tp": 2}, "max_tokens_per_micro_batch": 7}},
-            "actor.max_tokens_per_micro_batch: got 7, need at least 8 with cp 2 and tp 2 (every sequence is padded to "
-            "a multiple of 4); raise it",
+            {"actor": {"ranks": "0-3", "layout": {"cp": 2, "tp": 2}, "max_tokens_per_micro_batch": 3}},
+            "actor.max_tokens_per_micro_batch: got 3, need at least 4, which packs are padded to a multiple of with tp "
+            "2 and cp 2; raise it",
         ),
         (
             {"actor": {"fused_head_fp32_logits": True}},

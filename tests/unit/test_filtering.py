@@ -207,3 +207,28 @@ def test_refused_groups_leave_with_the_batch_that_they_were_drawn_for():
         group.responses = finished(MIXED)
     buffer.refuse(DROP)
     assert buffer.take_batch() == line[4:] and len(buffer) == 0
+
+
+def test_batches_that_run_ahead_are_refilled_too(demo, drivers, tmp_path):
+    config = configure(
+        demo,
+        reward={"kind": "exact", "answer_pattern": "([0-9])"},
+        filtering={"drop_equal_groups": True, "max_rounds": 40},
+        rollout={"max_staleness": 1},
+    )
+    handle = drivers.start(config, tmp_path)
+    handle.client.load_weights(demo / "w0", 0)
+    handle.client.start(0, 0)
+    assert handle.client.wait(0, 60)
+    handle.client.load_weights(demo / "w1", 1)
+    handle.client.start(1, 1)
+    assert handle.client.wait(1, 60)
+    total = 0
+    for step in range(2):
+        arrays, manifest = journal.load_step(tmp_path, step)
+        rewards = arrays["rewards"].reshape(GROUPS, SAMPLES)
+        assert (rewards.max(1) > rewards.min(1)).all()
+        assert arrays["versions"].min() >= step - 1
+        total += manifest["statistics"]["filter/dropped_groups"]
+        assert manifest["rollout_state_after"]["consumed"] == (step + 1) * GROUPS + total
+    assert total > 0

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from asyppo_megatron import cli
 from asyppo_megatron.config import ConfigError, load_config
+from asyppo_megatron.launch import command
 from asyppo_megatron.models.attention import FLASH_MULTIPLE, PackedAttention, packed_seq_params
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "model_configs/runs").glob("*.yaml"))
@@ -25,12 +25,12 @@ def test_every_recipe_is_valid(path: Path):
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("asyppo_megatron.preflight.check_run", lambda config: None)
-    monkeypatch.setattr(cli, "_quiet_imports", lambda directory, process: None)
-    monkeypatch.setattr(cli, "_num_gpus", lambda: 1)
+    monkeypatch.setattr(command, "check_run", lambda config: None)
+    monkeypatch.setattr(command, "configure_logging", lambda directory, process, **options: None)
+    monkeypatch.setattr(command, "num_gpus", lambda: 1)
     demo = next(path for path in RECIPES if path.stem == "demo")
     with pytest.raises(ConfigError, match="got 4 on a machine of 1 GPU"):
-        cli.train_config(load_config(demo))
+        command.train_config(load_config(demo))
 
 
 def test_with_a_gpu_the_launcher_imports_nothing_that_may_start_cuda(tmp_path: Path):
@@ -41,8 +41,9 @@ from pathlib import Path
 from asyppo_megatron import cli, preflight
 from asyppo_megatron.launch import local
 preflight.check_run = lambda config: None
-cli._num_gpus = lambda: 1
-local.run_ranks = lambda count, main, logs=None: print("ranks", count, "megatron.core" in sys.modules)
+local.run_ranks = lambda count, main, logs=None, **more: print("ranks", count, "megatron.core" in sys.modules)
+from asyppo_megatron.launch import command
+command.num_gpus = lambda: 1
 sys.exit(cli.main(["train", {str(RECIPES[0].with_name("demo_gpu.yaml"))!r}, "run_dir={tmp_path}"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

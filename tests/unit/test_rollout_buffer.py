@@ -35,6 +35,11 @@ def test_so_many_groups_may_be_started(ahead, next_step, wanted, expected):
     assert GroupBuffer(SIZE, ahead).missing(next_step, wanted) == expected
 
 
+def test_nothing_is_generated_for_steps_after_the_last():
+    buffer = GroupBuffer(SIZE, 3, num_steps=6)
+    assert buffer.missing(4, 4) == 2 * SIZE and buffer.missing(5, 5) == SIZE and buffer.missing(6, 5) == 0
+
+
 def test_what_is_in_line_is_not_missing_but_what_was_refused_is():
     buffer = GroupBuffer(SIZE, 1)
     line = groups(0, 3)
