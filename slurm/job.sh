@@ -33,7 +33,7 @@ run_job() {
   pid=$!
   [ -z "$stopping" ] || kill -USR1 "$pid"  # the signal came before there was anything to stop
   while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done  # a trapped signal interrupts wait
-  trap - USR1 TERM
+  trap '' USR1 TERM  # what is left to do takes seconds
   [ -z "$agents_pid" ] || { kill -TERM "$agents_pid" 2>/dev/null && wait "$agents_pid"; }
   finish "$code"
 }
