@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from asyppo_megatron.config import load_config
+from asyppo_megatron.launch import allocation
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 NAMES = ["asyppo_14b", "asyppo_4b", "asyppo_8b", "grpo_14b", "ppo_14b"]
@@ -26,6 +29,16 @@ def test_nothing_stands_before_the_settings_and_every_script_can_be_requeued(pat
     assert "#SBATCH --signal=B:USR1@300\n" in text and "#SBATCH --requeue\n" in text
     assert f"model_configs/runs/{path.stem}.yaml" in text
     assert len(lines) < 20
+
+
+@pytest.mark.parametrize(("suffix", "more"), [("", 0), ("_disaggregated", 1)])
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_recipe_fits_the_nodes_that_its_script_asks_for(path: Path, suffix: str, more: int, monkeypatch):
+    monkeypatch.setattr(allocation, "check_run", lambda config: None)  # the models are not here
+    (nodes,) = (int(n) for n in re.findall(r"#SBATCH --nodes=(\d+)", path.read_text()))
+    config = load_config(ROOT / "model_configs" / "runs" / f"{path.stem}{suffix}.yaml")
+    facts = allocation.check_allocation(config, nodes + more, 8)
+    assert facts["ranks_per_node"] == "8" and facts["agents"] == ("rest" if more else "train")
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *sorted((ROOT / "slurm").glob("*.sh"))], ids=lambda path: path.name)
