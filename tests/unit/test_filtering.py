@@ -10,7 +10,7 @@ import pytest
 from driver_runs import GROUPS, SAMPLES, Drivers, assert_equal, configure, copy_of, make_demo
 
 from asyppo_megatron.config import FilteringConfig
-from asyppo_megatron.rewards import Verdict
+from asyppo_megatron.rewards.combine import Judgement
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.buffer import Group, GroupBuffer
 from asyppo_megatron.rollout.dataset import Problem
@@ -185,7 +185,7 @@ def test_other_filtering_settings_are_no_replay(demo, drivers, tmp_path):
 
 def finished(rewards: list[float]) -> list[Scored]:
     completion = Completion(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", 0, 1.0)
-    return [Scored(completion, "", Verdict(r)) for r in rewards]
+    return [Scored(completion, "", Judgement(r, "ok", r)) for r in rewards]
 
 
 def test_refused_groups_leave_with_the_batch_that_they_were_drawn_for():
