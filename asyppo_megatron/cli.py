@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="directory of the per-problem results; default: run_dir/eval/MODEL")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     _prepare_parsers(command("prepare", _no_command, "bring data or a small model into the form that runs read"))
+    plan = command("plan", _plan, "memory, work and layout of one or several configurations, without running them")
+    plan.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
+    plan.add_argument("--gpu", default="H100", help="A100, H100 or H200; default: %(default)s")
+    plan.add_argument("--response-tokens", type=_count, metavar="N", help="mean response; default: half of the limit")
+    plan.add_argument("--set", dest="changes", action="append", default=[], metavar="key=value", help="for all CONFIGs")
+    doctor = command("doctor", _doctor, "what this machine lacks for a run")
+    doctor.add_argument("--config", type=Path, help="also check what this run needs")
+    doctor.add_argument("--dir", type=Path, default=Path("runs"), help="where runs write; default: %(default)s")
     report = command("report", _report, "draw a run's learning curve")
     report.add_argument("run_dir", type=Path)
     # Only for the list of commands: `main` hands the words behind it to its own parser, whose module needs torch.
@@ -257,6 +265,27 @@ def _prepare_model(arguments: argparse.Namespace) -> None:
     )
     count = prepare_model(a.tokenizer, a.out, sizes, seed=a.seed, force=a.force)
     print(f"{a.out}: Qwen3 of {count:,} parameters, randomly initialised")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from asyppo_megatron.plan.hardware import ACCELERATORS
+    from asyppo_megatron.plan.report import run_plan
+
+    if arguments.gpu not in ACCELERATORS:
+        raise ValueError(f"--gpu: got {arguments.gpu}, need one of {', '.join(ACCELERATORS)}")
+    configs = [(path.stem, load_config(path, arguments.changes)) for path in arguments.configs]
+    text, fits = run_plan(configs, arguments.gpu, arguments.response_tokens)
+    print(text)
+    return 0 if fits else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from asyppo_megatron.doctor import check_machine, table
+
+    config = None if arguments.config is None else load_config(arguments.config)
+    rows = check_machine(arguments.dir, config)
+    print(table(rows))
+    return 0 if all(row.is_fine for row in rows) else 1
 
 
 def _report(arguments: argparse.Namespace) -> None:

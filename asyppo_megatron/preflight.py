@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from asyppo_megatron.backend import has_gpu
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
-from asyppo_megatron.rewards.exact import ExactMatch
-from asyppo_megatron.rollout.dataset import read_rows
+from asyppo_megatron.rewards.check import reward_errors
+from asyppo_megatron.rollout.dataset import Row, read_rows
+from asyppo_megatron.rollout.problems import row_check
 
 
 def check_run(config: Config) -> None:
@@ -18,29 +19,46 @@ def check_run(config: Config) -> None:
         ConfigError: with everything that is missing or does not fit, at once.
     """
     errors = _model_errors(config)
-    if (
-        config.rollout.max_staleness
-        and config.rollout.engine == "embedded"
-        and not config.rollout.partial
-        and has_gpu()
-    ):
-        errors.append(
-            f"rollout.max_staleness: got {config.rollout.max_staleness} with engine embedded on a GPU that the ranks "
-            "train on, need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
-        )
-    files = [("data.train", config.data.train), *((f"data.eval {e.name}", e.path) for e in config.data.eval)]
-    for where, path in files:
-        errors.extend(_dataset_errors(where, path))
-    if config.reward.kind == "exact":
-        try:
-            ExactMatch(config.reward.answer_pattern)
-        except ValueError as e:
-            errors.append(str(e))
+    errors.extend(_staleness_errors(config))
+    errors.extend(_kernel_errors(config.kernels))
+    train = [(f"data.sources {s.name}" if config.data.sources else "data.train", s) for s in config.data.all_sources]
+    for where, item in [*train, *((f"data.eval {e.name}", e) for e in config.data.eval)]:
+        errors.extend(_dataset_errors(where, item.path, row_check(config, item)))
+    errors.extend(reward_errors(config))
     tokenizer = config.data.tokenizer or config.actor.model
     if not _has_tokenizer(tokenizer):
         errors.append(f"data.tokenizer: {tokenizer} has no tokenizer.json or tokenizer_config.json")
     if errors:
         raise ConfigError(errors)
+
+
+def _staleness_errors(config: Config) -> list[str]:
+    rollout = config.rollout
+    if not rollout.max_staleness or rollout.engine != "embedded" or rollout.partial:
+        return []
+    if not _has_gpu():
+        return []
+    return [
+        f"rollout.max_staleness: got {rollout.max_staleness} with engine embedded on a GPU that the ranks train on, "
+        "need engines on devices of their own; set rollout.engine sglang, or rollout.partial"
+    ]
+
+
+def _has_gpu() -> bool:
+    from asyppo_megatron.backend import has_gpu  # imports torch, which a check of files does without
+
+    return has_gpu()
+
+
+def _kernel_errors(choice: str) -> list[str]:
+    """Kernels that the configuration asks for, or that a GPU brings along, where they cannot run."""
+    from asyppo_megatron.kernels.policy import chosen_name
+
+    try:
+        chosen_name("cuda" if _has_gpu() else "cpu", choice)
+    except ValueError as e:
+        return [str(e)]
+    return []
 
 
 def _model_errors(config: Config) -> list[str]:
@@ -88,11 +106,11 @@ def _weight_errors(where: str, path: Path, spec: ModelSpec) -> list[str]:
     return []
 
 
-def _dataset_errors(where: str, path: Path) -> list[str]:
+def _dataset_errors(where: str, path: Path, check: Callable[[Row], str]) -> list[str]:
     if not path.is_file():
         return [f"{where}: {path} does not exist"]
     try:
-        read_rows(path)
+        read_rows(path, check=check)
     except ValueError as e:
         return [f"{where}: {line}" for line in str(e).splitlines()]
     return []

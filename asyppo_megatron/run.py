@@ -164,7 +164,7 @@ def build_run(
         chosen, scratch = choose_directory(_shared_directory(config), config.run_dir, size)
         store.set("weights_dir", str(chosen))
         store.set("sync/name", f"asyppo-{secrets.token_hex(4)}")  # engines may know groups of other runs
-        _report_skipped(handle.client.hello(), config)
+        _report_findings(handle.client.hello(), config)
     weights_dir = Path(store.get("weights_dir").decode())
     return Run(
         config=config,
@@ -254,7 +254,9 @@ def _pending_collective() -> str:
         return "a collective that torch's flight recorder describes in another format"
 
 
-def _report_skipped(found: dict[str, Any], config: Config) -> None:
+def _report_findings(found: dict[str, Any], config: Config) -> None:
+    for name, protection in found["protections"].items():
+        logger.info("reward %s runs programs with: %s", name, protection)
     if found["num_skipped"]:
         logger.warning(
             "data.train: skipped %d of %d prompts, longer than rollout.max_prompt_tokens %d",

@@ -33,12 +33,13 @@ class Trajectory:
         prompt_tokens: i32 [P], token ids fed to the policy.
         response_tokens: i32 [R], generated ids, the stop token included when one was generated.
         rollout_logprobs: f32 [R], nats, of the temperature-scaled softmax over the full vocabulary.
-        reward: scalar outcome reward of the response.
+        reward: scalar outcome reward of the response; it goes to its last token.
         finish_reason: "stop" (a stop token was generated) or "length" (truncated).
         policy_version: version of the oldest weights that generated any of the response.
         kept_mass: mean probability mass that top_k / top_p kept, 1.0 when both are off; NaN where it is not known.
-        reward_status: "ok", or why the reward is a fallback 0 ("verifier_error", "verifier_timeout").
+        reward_status: "ok", or why the reward is a fallback 0 ("verifier_error", "verifier_timeout", ...).
         version_spans: ((first token, version), ...) where several versions generated it; else ().
+        token_rewards: f32 [R], reward of each response token beside `reward` (dense rewards), or None.
     """
 
     prompt_id: str
@@ -53,6 +54,7 @@ class Trajectory:
     kept_mass: float = 1.0
     reward_status: str = "ok"
     version_spans: tuple[tuple[int, int], ...] = ()
+    token_rewards: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +75,8 @@ class PackedBatch:
         rewards: f32 [N].
         group_ids: i64 [N], group index of each trajectory.
         truncated: bool [N], true where the response hit the length limit.
+        token_rewards: f32 [T], reward of each position's action beside the terminal one, 0 outside `loss_mask`; None
+            without dense rewards.
     """
 
     step: int
@@ -84,6 +88,7 @@ class PackedBatch:
     rewards: torch.Tensor
     group_ids: torch.Tensor
     truncated: torch.Tensor
+    token_rewards: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -186,7 +191,8 @@ def pack_trajectories(trajectories: Sequence[Trajectory], step: int) -> dict[str
     Returns:
         tokens i32 [T], cu_seqlens i32 [N + 1], loss_mask bool [T], rollout_logprobs f32 [T], rewards f32 [N],
         group_ids i64 [N], truncated bool [N], versions i64 [N] (of the oldest token), version_spans i64 [K, 3]: which
-        version generated what, a row (trajectory, first token of its response, version) for each stretch.
+        version generated what, a row (trajectory, first token of its response, version) for each stretch; and
+        token_rewards f32 [T] where any trajectory has them.
     """
     sizes = np.array([t.num_tokens for t in trajectories], dtype=np.int64)
     cu = np.zeros(len(trajectories) + 1, dtype=np.int64)
@@ -205,7 +211,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory], step: int) -> dict[str
         tokens[first:end] = t.response_tokens
         loss_mask[first - 1 : end - 1] = True
         logprobs[first - 1 : end - 1] = t.rollout_logprobs
-    return {
+    arrays = {
         "tokens": tokens,
         "cu_seqlens": cu.astype(np.int32),
         "loss_mask": loss_mask,
@@ -223,3 +229,15 @@ def pack_trajectories(trajectories: Sequence[Trajectory], step: int) -> dict[str
             dtype=np.int64,
         ).reshape(-1, 3),
     }
+    if any(t.token_rewards is not None for t in trajectories):
+        arrays["token_rewards"] = _pack_token_rewards(trajectories, cu)
+    return arrays
+
+
+def _pack_token_rewards(trajectories: Sequence[Trajectory], cu: np.ndarray) -> np.ndarray:
+    """f32 [T]: the reward of response token j stands at the position whose action it is, the one before it."""
+    packed = np.zeros(cu[-1], dtype=np.float32)
+    for end, t in zip(cu[1:], trajectories, strict=True):
+        if t.token_rewards is not None:
+            packed[end - 1 - len(t.response_tokens) : end - 1] = t.token_rewards
+    return packed

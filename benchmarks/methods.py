@@ -3,7 +3,8 @@
     python benchmarks/methods.py [--methods asyppo,grpo] [--seeds 0,1,2] [--docs] [key=value ...]
 
 Runs one after another; what is in the result file already (of the same settings) is not run again, so an interrupted
-table goes on where it stopped. `asyppo demo` must have made the base models (runs/demo-data).
+table goes on where it stopped; remove the file to measure all again. `asyppo demo` must have made the base models
+(runs/demo-data).
 """
 
 from __future__ import annotations
@@ -180,7 +181,17 @@ def table(results: dict[str, Any]) -> str:
             f"| {mean('greedy'):.3f} | {mean('cpu_seconds'):.1f} | {mean('cpu_seconds_ranks'):.1f} "
             f"| {mean('peak_mib'):.0f} | {mean('step_over_own'):.2f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", footnote(results)])
+
+
+def footnote(results: dict[str, Any]) -> str:
+    """On what, and under which load, these numbers were taken: load makes CPU seconds and wall-clock ratios grow."""
+    loads, machine = [run["load"] for run in results["runs"].values()], results["machine"]
+    torch = machine["versions"].get("torch", "?")
+    return (
+        f"{len(loads)} runs on {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, torch {torch}; "
+        f"load average after a run {min(loads):.1f} to {max(loads):.1f}."
+    )
 
 
 def below_the_bar(results: dict[str, Any]) -> list[str]:

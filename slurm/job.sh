@@ -12,7 +12,9 @@ container=()
 say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0}] $*"; }
 
 run_job() {
-  local facts pid code hosts agents_pid="" gpus=${SLURM_GPUS_ON_NODE:-}
+  local facts pid="" code hosts agents_pid="" gpus=${SLURM_GPUS_ON_NODE:-}
+  stopping=""
+  trap 'say "asked to stop"; stopping=1; [ -z "$pid" ] || kill -USR1 "$pid"' USR1 TERM
   facts=$(srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$ASYPPO_PYTHON" -m asyppo_megatron check --shell \
     "$ASYPPO_CONFIG" "$@" --nodes "$SLURM_NNODES" ${gpus:+--gpus-per-node "$gpus"}) || { say "refused"; exit 1; }
   eval "$facts"  # ranks, ranks_per_node, train_nodes, engine, agents, run_dir
@@ -29,9 +31,9 @@ run_job() {
   on "${hosts[@]:0:train_nodes}" -- bash -c 'exec "$ASYPPO_PYTHON" -m asyppo_megatron train "$@" --nodes "$TRAIN_NODES" \
     --node "$SLURM_NODEID" --rendezvous "$MASTER_ADDR:$ASYPPO_PORT" --job "$SLURM_JOB_ID"' train "$ASYPPO_CONFIG" "$@" &
   pid=$!
-  trap 'say "asked to stop"; kill -USR1 $pid' USR1 TERM
+  [ -z "$stopping" ] || kill -USR1 "$pid"  # the signal came before there was anything to stop
   while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done  # a trapped signal interrupts wait
-  trap - USR1 TERM
+  trap '' USR1 TERM  # what is left to do takes seconds
   [ -z "$agents_pid" ] || { kill -TERM "$agents_pid" 2>/dev/null && wait "$agents_pid"; }
   finish "$code"
 }
@@ -70,8 +72,9 @@ finish() {
     say "ends with exit code $code ($state)"
     exit "$code"
   fi
-  # A launcher that never got to count its start would fail again without end.
-  if [ "$code" -ne 75 ] && ! grep -qs "\"job\": \"$SLURM_JOB_ID\"" "$run_dir/attempts.json"; then
+  # A launcher that never got to count its start would fail again without end, unless a signal ended it.
+  case $code in 75 | 138 | 143) stopping=1 ;; esac
+  if [ -z "$stopping" ] && ! grep -qs "\"job\": \"$SLURM_JOB_ID\"" "$run_dir/attempts.json"; then
     say "failed before the run began, exit code $code: not started again"
     exit "$code"
   fi

@@ -5,7 +5,14 @@ with everything that is wrong. Checks that need a model or a dataset on disk liv
 """
 
 from asyppo_megatron.config.algorithm import FilteringConfig, KLConfig, PPOConfig
-from asyppo_megatron.config.data import PAPER_SYSTEM_PROMPT, DataConfig, EvalConfig, EvalSetConfig, RewardConfig
+from asyppo_megatron.config.data import (
+    PAPER_SYSTEM_PROMPT,
+    CurriculumConfig,
+    DataConfig,
+    EvalConfig,
+    EvalSetConfig,
+    SourceConfig,
+)
 from asyppo_megatron.config.load import (
     ConfigError,
     apply_override,
@@ -14,6 +21,7 @@ from asyppo_megatron.config.load import (
     load_config,
     parse_override,
 )
+from asyppo_megatron.config.rewards import RewardConfig, RewardModelConfig, SandboxConfig
 from asyppo_megatron.config.roles import (
     ActorConfig,
     CriticConfig,
@@ -33,6 +41,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CriticConfig",
+    "CurriculumConfig",
     "DataConfig",
     "EvalConfig",
     "EvalSetConfig",
@@ -44,9 +53,12 @@ __all__ = [
     "PPOConfig",
     "ReferenceConfig",
     "RewardConfig",
+    "RewardModelConfig",
     "RoleConfig",
     "RolloutConfig",
     "SGLangConfig",
+    "SandboxConfig",
+    "SourceConfig",
     "WeightSyncConfig",
     "apply_override",
     "build_config",

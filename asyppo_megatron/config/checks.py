@@ -6,6 +6,7 @@ import math
 
 from asyppo_megatron.config.algorithm import WITHOUT_OLD_LOGPROBS, PPOConfig
 from asyppo_megatron.config.engines import engine_errors, offload_errors, staleness_errors, transport_errors
+from asyppo_megatron.config.reward_checks import reward_errors
 from asyppo_megatron.config.roles import RoleConfig
 from asyppo_megatron.config.run import Config
 
@@ -19,6 +20,7 @@ def cross_checks(config: Config) -> list[str]:
         errors.extend(_role_errors(name, role, config.batch_size))
     errors.extend(_placement_errors(config))
     errors.extend(_algorithm_errors(config))
+    errors.extend(reward_errors(config))
     errors.extend(_fused_head_errors(config))
     if config.rollout.top_p < 1 and config.rollout.top_k == 1:
         errors.append("rollout: got top_k 1 with top_p < 1, need one of them; set top_p 1.0 for greedy rollouts")

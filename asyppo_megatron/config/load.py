@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from asyppo_megatron.config.checks import cross_checks
 from asyppo_megatron.config.methods import resolve, select_critics
+from asyppo_megatron.config.model_files import expand_models
 from asyppo_megatron.config.run import Config
 
 
@@ -94,6 +95,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: with all errors at once.
     """
+    tree = _read_tree(path, ())
+    tree, errors = expand_models(tree, path.parent)
+    if errors:
+        raise ConfigError(errors)
+    for text in overrides or []:
+        apply_override(tree, *parse_override(text))
+    return build_config(tree)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's tree laid over that of its `base`: sections merge, anything else (a list, a value) is replaced."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as e:
@@ -103,9 +115,18 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: got {type(tree).__name__}, need a mapping of sections"])
     tree.pop("definitions", None)  # a place for YAML anchors
-    for text in overrides or []:
-        apply_override(tree, *parse_override(text))
-    return build_config(tree)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    other = path.parent / str(base)
+    if other.resolve() in seen or other.parent.resolve() != path.parent.resolve():
+        raise ConfigError([f"{path}: base: got {base!r}, need another file of the same directory, and no circle"])
+    return _merged(_read_tree(other, (*seen, path.resolve())), tree)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
+    return {**under, **over, **both}
 
 
 def build_config(tree: dict[str, Any]) -> Config:

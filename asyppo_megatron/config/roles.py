@@ -43,6 +43,7 @@ class RoleConfig(Section):
     """One model of the run: where it starts from, where it runs, how it trains."""
 
     model: Path
+    model_file: Path | None = None  # its architecture, and defaults of this role
     ranks: tuple[int, ...] = (0,)
     layout: LayoutConfig = LayoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from asyppo_megatron.config.algorithm import FilteringConfig, PPOConfig
-from asyppo_megatron.config.data import DataConfig, EvalConfig, RewardConfig
+from asyppo_megatron.config.data import DataConfig, EvalConfig
+from asyppo_megatron.config.rewards import RewardConfig
 from asyppo_megatron.config.roles import ActorConfig, CriticConfig, ReferenceConfig, RoleConfig
 from asyppo_megatron.config.rollout import RolloutConfig
 from asyppo_megatron.config.section import Section
@@ -61,6 +62,7 @@ class Config(Section):
     filtering: FilteringConfig = FilteringConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    rewards: tuple[RewardConfig, ...] = ()  # several, in place of reward
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -89,6 +91,15 @@ class Config(Section):
     @property
     def batch_size(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.responses_per_prompt
+
+    @property
+    def all_rewards(self) -> tuple[RewardConfig, ...]:
+        """`rewards`, or `reward` as the only one."""
+        return self.rewards or (self.reward,)
+
+    def rewards_by_place(self) -> list[tuple[str, RewardConfig]]:
+        """Every reward with its key."""
+        return [(f"rewards.{i}", r) for i, r in enumerate(self.rewards)] or [("reward", self.reward)]
 
     def roles(self) -> dict[str, RoleConfig]:
         """Trained roles by name, in the fixed order in which every rank builds them."""

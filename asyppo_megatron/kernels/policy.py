@@ -54,12 +54,10 @@ def choose(device: torch.device | str, override: str = "auto") -> Operators:
     Raises:
         ValueError: an unknown choice, or kernels where they cannot run.
     """
-    if override not in CHOICES:
-        raise ValueError(f"kernels: got {override!r}, need one of {', '.join(CHOICES)}")
     device = torch.device(device)
-    usual = "triton" if device.type == "cuda" else "reference"
-    name = usual if override == "auto" else override
+    name = chosen_name(device.type, override)
     if override != "auto":
+        usual = _usual(device.type)
         log.info("operators on %s: %s, as the configuration says (the rule says %s)", device.type, name, usual)
     if name == "reference":
         return Operators(
@@ -70,7 +68,6 @@ def choose(device: torch.device | str, override: str = "auto") -> Operators:
             linear_head.linear_policy_loss,
             linear_head.linear_logprob_entropy,
         )
-    _check_triton(device)
     from asyppo_megatron.kernels.ensemble_gae import ensemble_gae
     from asyppo_megatron.kernels.linear_policy_loss import linear_logprob_entropy, linear_policy_loss
     from asyppo_megatron.kernels.logprob_entropy import logprob_entropy
@@ -78,16 +75,30 @@ def choose(device: torch.device | str, override: str = "auto") -> Operators:
     return Operators(name, logprob_entropy, _policy_loss, ensemble_gae, linear_policy_loss, linear_logprob_entropy)
 
 
-def _check_triton(device: torch.device) -> None:
+def _usual(device_type: str) -> str:
+    return "triton" if device_type == "cuda" else "reference"
+
+
+def chosen_name(device_type: str, override: str) -> str:
+    """The name of what `choose` hands out on a kind of device; its errors are those of `choose`."""
+    if override not in CHOICES:
+        raise ValueError(f"kernels: got {override!r}, need one of {', '.join(CHOICES)}")
+    name = _usual(device_type) if override == "auto" else override
+    if name == "triton":
+        _check_triton(device_type)
+    return name
+
+
+def _check_triton(device_type: str) -> None:
     """A ValueError with a way out where the kernels cannot run."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            f"kernels on {device.type}: Triton is not installed; install a CUDA build of torch, which brings it, "
+            f"kernels on {device_type}: Triton is not installed; install a CUDA build of torch, which brings it, "
             "or set kernels to reference"
         )
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"kernels: got device {device.type}, need cuda (or TRITON_INTERPRET=1 in the environment, for tests); "
+            f"kernels: got device {device_type}, need cuda (or TRITON_INTERPRET=1 in the environment, for tests); "
             "set kernels to auto or reference"
         )
 

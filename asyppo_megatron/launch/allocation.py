@@ -25,16 +25,16 @@ def check_allocation(config: Config, nodes: int, gpus_per_node: int | None) -> d
         errors.append(f"nodes: got {nodes}, need one more for the engines (rollout.sglang.placement separate)")
         train_nodes = nodes
     per_node = -(-config.num_ranks // train_nodes)
-    if config.num_ranks % train_nodes:
-        errors.append(
-            f"nodes: got {train_nodes} for {config.num_ranks} ranks, need a divisor of {config.num_ranks}; ask for "
-            "another number of nodes (sbatch --nodes) or change the roles' ranks"
-        )
     if gpus_per_node is not None and per_node > gpus_per_node:
         need = nodes - train_nodes + (-(-config.num_ranks // gpus_per_node) if gpus_per_node else config.num_ranks)
         errors.append(
             f"GPUs: got {train_nodes} node(s) of {gpus_per_node}, need {per_node} a node for {config.num_ranks} ranks; "
             f"ask for {need} nodes (sbatch --nodes={need}) or let roles share ranks"
+        )
+    elif config.num_ranks % train_nodes:
+        errors.append(
+            f"nodes: got {train_nodes} for {config.num_ranks} ranks, need a divisor of {config.num_ranks}; ask for "
+            "another number of nodes (sbatch --nodes) or change the roles' ranks"
         )
     try:
         check_run(config)

@@ -7,6 +7,7 @@ into the queue.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -93,7 +94,10 @@ def _nemo() -> Any:
 
 
 def _local(run: Any, config: Config) -> Any:
-    return run.LocalExecutor(launcher="torchrun", ntasks_per_node=config.num_ranks, env_vars={"OMP_NUM_THREADS": "1"})
+    # torchrun is found beside this interpreter, also where its environment is not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PATH": path}
+    return run.LocalExecutor(launcher="torchrun", ntasks_per_node=config.num_ranks, env_vars=environment)
 
 
 def _slurm(run: Any, request: Request) -> Any:
@@ -110,7 +114,7 @@ def _slurm(run: Any, request: Request) -> Any:
         container_mounts=list(request.container_mounts),
         # A launcher that fails says why to the others, and the first one counts the failure: they need a moment.
         srun_args=["--kill-on-bad-exit=0"],
-        tunnel=run.LocalTunnel(job_dir=str(request.job_dir.absolute()) if request.job_dir is not None else ""),
+        tunnel=run.LocalTunnel(job_dir=""),  # submitted from here; the nodes read the experiment where it was made
         packager=run.Packager(),  # nodes see this directory
     )
 

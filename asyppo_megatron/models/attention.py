@@ -179,6 +179,11 @@ class PackedAttention(MegatronModule):
     def _dense(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, geometry: PackGeometry
     ) -> torch.Tensor:
+        repeat = query.size(1) // key.size(1)
+        if geometry.split is not None and query.is_cuda and repeat > 1:
+            # CUDA's kernels that take a mask take no grouped heads: torch would fall back to whole score matrices.
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+
         def dense(x: torch.Tensor, slots: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
             block = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, slots, x)
             return block.view(*shape, *x.shape[1:]).transpose(1, 2)

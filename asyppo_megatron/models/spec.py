@@ -78,6 +78,15 @@ class ModelSpec:
         config = _read_json(directory / "config.json")
         return _from_config(config, directory / "config.json", _generation_eos(directory))
 
+    @classmethod
+    def from_architecture(cls, config: dict[str, Any], where: Path) -> ModelSpec:
+        """From the keys of a config.json that lie elsewhere.
+
+        Raises:
+            ValueError: as `from_hf`, naming `where`.
+        """
+        return _from_config(config, where, ())
+
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding and output layer over all tp ranks: the vocabulary rounded up to a multiple of tp."""
         return -(-self.vocab_size // tp) * tp

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from asyppo_megatron.types import PackedBatch
 
-_NUM_HEADER = 4
+_NUM_HEADER = 5
 
 
 def broadcast_batch(
@@ -22,14 +22,17 @@ def broadcast_batch(
 ) -> PackedBatch:
     """Rank 0's packed arrays to every rank: 9 bytes a token (id, mask, rollout logprob) and 25 a trajectory.
 
+    Dense rewards, where the arrays have them, take 4 bytes a token more.
+
     Args:
         arrays: the arrays of `types.pack_trajectories`; None on ranks other than 0.
         header: (step, policy_version, T, N) on rank 0.
         device: where the batch shall live (its `cu_seqlens` stays on the CPU).
     """
-    head = torch.tensor(list(header) if header is not None else [0] * _NUM_HEADER, dtype=torch.int64, device=device)
+    known = [0] * _NUM_HEADER if arrays is None or header is None else [*header, int("token_rewards" in arrays)]
+    head = torch.tensor(known, dtype=torch.int64, device=device)
     dist.broadcast(head, 0)
-    step, version, tokens, count = head.tolist()
+    step, version, tokens, count, dense = head.tolist()
 
     def share(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         if arrays is not None:
@@ -50,6 +53,7 @@ def broadcast_batch(
         rewards=share("rewards", count, torch.float32),
         group_ids=share("group_ids", count, torch.int64),
         truncated=share("truncated", count, torch.uint8).bool(),
+        token_rewards=share("token_rewards", tokens, torch.float32) if dense else None,
     )
 
 

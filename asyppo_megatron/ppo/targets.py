@@ -105,6 +105,14 @@ def compute_targets(
     )
 
 
+def batch_rewards(batch: PackedBatch) -> torch.Tensor:
+    """The terminal reward of every trajectory and, where there are any, the dense ones, f32 [T]."""
+    rewards = terminal_rewards(batch.rewards, batch.loss_mask, batch.cu_seqlens)
+    if batch.token_rewards is None:
+        return rewards
+    return rewards + zero_outside(batch.token_rewards, batch.loss_mask, rewards.dtype)
+
+
 def _old_logprobs(recomputed: torch.Tensor, rollout: torch.Tensor, source: str, importance: str) -> torch.Tensor:
     """The logprobs that the policy's ratio starts from, [T]."""
     if source not in OLD_LOGPROBS:
@@ -119,8 +127,8 @@ def _old_logprobs(recomputed: torch.Tensor, rollout: torch.Tensor, source: str, 
 def _token_rewards(
     batch: PackedBatch, old: torch.Tensor, reference: torch.Tensor | None, kl_coef: float, kl_kind: str
 ) -> torch.Tensor:
-    """Terminal rewards, less the KL penalty at every trainable token, f32 [T]."""
-    rewards = terminal_rewards(batch.rewards, batch.loss_mask, batch.cu_seqlens)
+    """Terminal and dense rewards, less the KL penalty at every trainable token, f32 [T]."""
+    rewards = batch_rewards(batch)
     if kl_coef == 0.0:
         return rewards
     if reference is None:
@@ -166,10 +174,12 @@ def _discounted(batch: PackedBatch, rewards: torch.Tensor, gamma: float) -> torc
 def monte_carlo_returns(batch: PackedBatch, gamma: float) -> torch.Tensor:
     """The target of the critics in the paper's order (Eq. 2): R_t = gamma^(tokens left) x terminal reward.
 
+    Dense rewards (appendix D) add theirs, each discounted by the tokens until it comes.
+
     Returns:
         f32 [T]; 0 outside `loss_mask`.
     """
-    return _discounted(batch, terminal_rewards(batch.rewards, batch.loss_mask, batch.cu_seqlens), gamma)
+    return _discounted(batch, batch_rewards(batch), gamma)
 
 
 def whitened(advantages: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:

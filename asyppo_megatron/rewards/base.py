@@ -1,34 +1,61 @@
-"""What a verifier takes and returns."""
+"""What a reward takes and returns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, NamedTuple, Protocol
 
 MAX_CHARACTERS = 2000  # of a response's end; answers stand there, and a verifier's time grows with its input
 
-Status = Literal["ok", "verifier_error", "verifier_timeout"]
+Status = str
+"""Why a reward is what it is: "ok", or the cause of a fallback 0 (docs/rewards.md lists them)."""
+
+
+class Sample(NamedTuple):
+    """One response to score.
+
+    Attributes:
+        text: of the response, without special tokens.
+        answer: the reference answer; may be empty where the row has tests instead.
+        problem: text of the problem.
+        extra: the dataset row's other keys.
+        pieces: what is scored one by one: the response's steps or its tokens, as text; () for the whole.
+        ends: index of the response token that ends each piece.
+        prompt_tokens: ids of the prompt.
+        response_tokens: ids of the response.
+    """
+
+    text: str
+    answer: str
+    problem: str = ""
+    extra: Mapping[str, Any] = {}
+    pieces: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    response_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Score of one response.
+    """Score of one response by one reward.
 
     Attributes:
-        reward: 1.0 correct, 0.0 wrong or not verifiable.
+        reward: of the whole response; the sum over the pieces where they are scored one by one.
         status: "ok", or why the reward is a fallback 0.
+        pieces: score of each piece, where they are scored one by one.
     """
 
     reward: float
     status: Status = "ok"
+    pieces: tuple[float, ...] = ()
 
 
 class Verifier(Protocol):
     """Scores responses; survives whatever text they hold."""
 
-    def score_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response text, reference answer) pairs, in their order."""
+    def score_many(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Verdicts in the order of the samples."""
 
     def close(self) -> None:
         """End its processes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from asyppo_megatron.rewards.base import MAX_CHARACTERS, Verdict
+from asyppo_megatron.rewards.base import MAX_CHARACTERS, Sample, Verdict
 
 
 class ExactMatch:
@@ -19,8 +19,8 @@ class ExactMatch:
         if self._pattern.groups < 1:
             raise ValueError(f"reward.answer_pattern: got {pattern!r}, need a group (...) around the answer")
 
-    def score_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        return [Verdict(self._score(text, answer)) for text, answer in pairs]
+    def score_many(self, samples: Sequence[Sample]) -> list[Verdict]:
+        return [Verdict(self._score(s[0], s[1])) for s in samples]
 
     def close(self) -> None:
         pass

@@ -51,7 +51,7 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         """Of its responses, as they were scored."""
-        return [r.verdict.reward for r in self.responses]
+        return [r.verdict.total for r in self.responses]
 
 
 class GroupBuffer:

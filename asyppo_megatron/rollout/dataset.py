@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,36 @@ MAX_LINE_BYTES = 1 << 20
 MAX_ERRORS_SHOWN = 10
 
 
+class Row(NamedTuple):
+    """One line of a dataset; `extra` holds the keys that are not named here."""
+
+    id: str
+    problem: str
+    answer: str
+    extra: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One problem. prompt_tokens: i32 [P], ready for the policy (template and system prompt applied)."""
+    """One problem.
+
+    Attributes:
+        id: within its source.
+        text: of the problem.
+        answer: the reference answer; "" where the row has tests instead.
+        prompt_tokens: i32 [P], ready for the policy (template and system prompt applied).
+        extra: the row's other keys, for rewards that read them.
+        source: name of the set it comes from.
+        rewards: names of the rewards that score its responses; (): all.
+    """
 
     id: str
     text: str
     answer: str
     prompt_tokens: np.ndarray
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    rewards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,8 +73,11 @@ def load_problems(
     system_prompt: str,
     max_prompt_tokens: int,
     limit: int | None = None,
+    source: str = "",
+    rewards: tuple[str, ...] = (),
+    check: Callable[[Row], str] | None = None,
 ) -> Problems:
-    """Read, validate and tokenise a JSONL file of {id, problem, answer}; other keys are ignored.
+    """Read, validate and tokenise a JSONL file of {id, problem, answer}; other keys are kept for rewards.
 
     Args:
         path: the file.
@@ -61,15 +86,17 @@ def load_problems(
         system_prompt: for "system".
         max_prompt_tokens: longer prompts are skipped and counted.
         limit: first rows only.
+        source, rewards: of every problem.
+        check: what rewards find wrong with a row, empty for nothing.
 
     Raises:
         ValueError: with file and line number of the rows that are wrong.
     """
-    rows = read_rows(path, limit)
-    prompts = _encode([text for _, text, _ in rows], tokenizer, chat_template, system_prompt)
+    rows = read_rows(path, limit, check)
+    prompts = _encode([row.problem for row in rows], tokenizer, chat_template, system_prompt)
     items = tuple(
-        Problem(name, text, answer, np.array(tokens, dtype=np.int32))
-        for (name, text, answer), tokens in zip(rows, prompts, strict=True)
+        Problem(row.id, row.problem, row.answer, np.array(tokens, dtype=np.int32), row.extra, source, rewards)
+        for row, tokens in zip(rows, prompts, strict=True)
         if 0 < len(tokens) <= max_prompt_tokens
     )
     skipped = len(rows) - len(items)
@@ -83,13 +110,18 @@ def load_problems(
     return Problems(items, skipped, _fingerprint(items))
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[tuple[str, str, str]]:
-    """Validated (id, problem, answer) rows of a JSONL file.
+def read_rows(path: Path, limit: int | None = None, check: Callable[[Row], str] | None = None) -> list[Row]:
+    """Validated rows of a JSONL file.
+
+    Args:
+        path: the file.
+        limit: first rows only.
+        check: what rewards find wrong with a row, empty for nothing.
 
     Raises:
         ValueError: with file and line number of the first rows that are wrong.
     """
-    rows: list[tuple[str, str, str]] = []
+    rows: list[Row] = []
     errors: list[str] = []
     seen: dict[str, int] = {}
     try:
@@ -99,10 +131,12 @@ def read_rows(path: Path, limit: int | None = None) -> list[tuple[str, str, str]
             parsed = _parse(line)
             if isinstance(parsed, str):
                 errors.append(f"{path}:{number}: {parsed}")
-            elif parsed[0] in seen:
-                errors.append(f"{path}:{number}: id {parsed[0]!r} is that of line {seen[parsed[0]]}, need distinct ids")
+            elif parsed.id in seen:
+                errors.append(f"{path}:{number}: id {parsed.id!r} is that of line {seen[parsed.id]}, need distinct ids")
+            elif check is not None and (wrong := check(parsed)):
+                errors.append(f"{path}:{number}: {wrong}")
             else:
-                seen[parsed[0]] = number
+                seen[parsed.id] = number
                 rows.append(parsed)
             if len(errors) >= MAX_ERRORS_SHOWN:
                 break
@@ -129,8 +163,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse(line: bytes) -> tuple[str, str, str] | str:
-    """(id, problem, answer), or what is wrong with the line."""
+def _parse(line: bytes) -> Row | str:
+    """The row, or what is wrong with the line. A row with tests needs no answer."""
     if len(line) > MAX_LINE_BYTES:
         return f"line of more than {MAX_LINE_BYTES} bytes, need a shorter one"
     try:
@@ -144,10 +178,13 @@ def _parse(line: bytes) -> tuple[str, str, str] | str:
         value = row.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
-        if not isinstance(value, str) or not value.strip():
+        if key == "answer" and value is None and key not in row and "tests" in row:
+            value = ""
+        elif not isinstance(value, str) or not value.strip():
             return f"{key}: got {row.get(key)!r}, need a non-empty string" if key in row else f"{key}: missing"
         values.append(value)
-    return values[0], values[1], values[2]
+    extra = {key: value for key, value in row.items() if key not in ("id", "problem", "answer")}
+    return Row(values[0], values[1], values[2], extra)
 
 
 def _encode(texts: Sequence[str], tokenizer: Any, chat_template: str, system_prompt: str) -> list[list[int]]:
@@ -168,6 +205,8 @@ def _fingerprint(items: Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for problem in items:
         digest.update(json.dumps([problem.id, problem.answer]).encode())
+        if problem.extra:
+            digest.update(json.dumps(problem.extra, sort_keys=True).encode())
         digest.update(problem.prompt_tokens.tobytes())
     return digest.hexdigest()[:16]
 
@@ -193,12 +232,26 @@ class PromptCursor:
         self._consumed += count
         return taken
 
+    @property
+    def position(self) -> int:
+        """Prompts taken so far, those of former epochs included."""
+        return self._consumed
+
     def _order(self, epoch: int) -> np.ndarray:
         if self._epoch is None or self._epoch[0] != epoch:
             count = len(self._problems.items)
             order = np.random.default_rng([self._seed, epoch]).permutation(count) if self._shuffle else np.arange(count)
             self._epoch = (epoch, order)
         return self._epoch[1]
+
+    def record(self, problems: Sequence[Problem], passes: Sequence[int], tries: Sequence[int]) -> None:
+        """This walk does not look at results."""
+
+    def statistics(self) -> dict[str, float]:
+        return {}
+
+    def results(self) -> dict[str, Any]:
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {"consumed": self._consumed, "fingerprint": self._problems.fingerprint}
@@ -209,6 +262,8 @@ class PromptCursor:
         Raises:
             ValueError: the state belongs to another dataset.
         """
+        if "fingerprint" not in state:
+            raise ValueError("data.train: got one file, need data.sources (of the checkpoint); restore them")
         if state["fingerprint"] != self._problems.fingerprint:
             raise ValueError(
                 f"data.train: got a dataset with fingerprint {self._problems.fingerprint}, need {state['fingerprint']} "

@@ -22,10 +22,9 @@ import torch
 from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config, RolloutConfig
 from asyppo_megatron.models.spec import ModelSpec
-from asyppo_megatron.rewards import build_verifier
+from asyppo_megatron.rewards import build_rewards
 from asyppo_megatron.rollout import journal
 from asyppo_megatron.rollout.buffer import Group, GroupBuffer
-from asyppo_megatron.rollout.dataset import Problems, PromptCursor, load_problems
 from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.engine import Engine
@@ -39,7 +38,9 @@ from asyppo_megatron.rollout.generation import (
     step_statistics,
     step_trajectories,
 )
+from asyppo_megatron.rollout.problems import build_eval_problems, build_prompts, build_train_problems
 from asyppo_megatron.rollout.replay import StepIdentity
+from asyppo_megatron.rollout.reward_statistics import passes_and_tries
 from asyppo_megatron.rollout.scoring import ScoredResponses, Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
 from asyppo_megatron.types import Trajectory, pack_trajectories
@@ -71,18 +72,6 @@ def build_embedded_engine(config: Config, model_dir: Path | None = None) -> Embe
     return EmbeddedEngine(model_dir or config.actor.model, dtype, engine_device(), config.rollout.max_batch)
 
 
-def build_problems(config: Config, tokenizer: Any, path: Path, limit: int | None = None) -> Problems:
-    """A dataset as the run tokenises it."""
-    return load_problems(
-        path,
-        tokenizer,
-        chat_template=config.data.chat_template,
-        system_prompt=config.data.system_prompt,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        limit=limit,
-    )
-
-
 class RolloutDriver:
     """What the driver does; a method a command. Every answer is a JSON object.
 
@@ -97,14 +86,13 @@ class RolloutDriver:
             check_set_name(item.name)
         self._tokenizer = load_tokenizer(config.data.tokenizer or config.actor.model)
         self._stops = find_stop_tokens(self._tokenizer, config.actor.model, config.rollout.stop_token_ids)
-        self._problems = build_problems(config, self._tokenizer, config.data.train)
-        self._cursor = PromptCursor(self._problems, config.seed, config.data.shuffle)
-        self._eval_sets = {
-            item.name: build_problems(config, self._tokenizer, item.path, item.limit) for item in config.data.eval
-        }
-        verifier = build_verifier(config.reward)  # its processes import while the engine is built
+        self._problems = build_train_problems(config, self._tokenizer)
+        self._cursor = build_prompts(config, self._problems)
+        self._eval_sets = {item.name: build_eval_problems(config, self._tokenizer, item) for item in config.data.eval}
+        rewards = build_rewards(config, self._tokenizer)  # their processes import while the engine is built
         self._engine = build_engine(config)
-        self._scorer = Scorer(self._engine, self._tokenizer, verifier)
+        self._scorer = Scorer(self._engine, self._tokenizer, rewards)
+        self._protections = rewards.protections()
         self._threads = ThreadPoolExecutor(
             _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
         )
@@ -123,9 +111,10 @@ class RolloutDriver:
         return {
             "pid": os.getpid(),
             "policy_version": self._engine.policy_version,
-            "num_problems": len(self._problems.items),
-            "num_skipped": self._problems.skipped,
+            "num_problems": sum(len(p.items) for p in self._problems.values()),
+            "num_skipped": sum(p.skipped for p in self._problems.values()),
             "stop_token_ids": list(self._stops),
+            "protections": self._protections,
             "rollout_state": self._state,
         }
 
@@ -145,7 +134,7 @@ class RolloutDriver:
 
     def _whole_state(self) -> dict[str, Any]:
         """All that later batches depend on, or go on counting from."""
-        return self._cursor.state() | {"filtered": asdict(self._filtered)}
+        return self._cursor.state() | self._cursor.results() | {"filtered": asdict(self._filtered)}
 
     def load_weights(self, path: str, policy_version: int) -> dict[str, Any]:
         """New weights; responses under way in asynchronous mode go on with them."""
@@ -271,12 +260,14 @@ class RolloutDriver:
         while (line := self._buffer.take_batch()) is not None:
             step, groups = self._next, [g for g in line if g.kept]
             trajectories = step_trajectories(groups)
-            statistics = step_statistics(trajectories, groups) | self._engine.statistics()
+            # Refused groups too: what is known of a problem does not depend on whether it is trained on.
+            self._cursor.record([g.problem for g in line], *passes_and_tries([g.responses for g in line]))
+            statistics = step_statistics(trajectories, groups) | self._engine.statistics() | self._cursor.statistics()
             trajectories, changes = self._filter(line, trajectories)
             statistics |= changes
             if self._config.rollout.max_staleness:
                 statistics |= staleness_statistics(trajectories, step)
-            after = line[-1].state_after | {"filtered": asdict(self._filtered)}
+            after = line[-1].state_after | self._cursor.results() | {"filtered": asdict(self._filtered)}
             journal.write_step(
                 self._run_dir,
                 pack_trajectories(trajectories, step),
@@ -301,7 +292,7 @@ class RolloutDriver:
         """Trajectories with the penalty on length, and what the filter and the dataset left out."""
         config = self._config.filtering
         trajectories, statistics = penalised(trajectories, self._config.rollout.max_response_tokens, config)
-        statistics["skipped_prompts"] = self._problems.skipped
+        statistics["skipped_prompts"] = sum(p.skipped for p in self._problems.values())
         if config.drop_equal_groups:
             rounds = len({group.wave for group in line})
             counts = count_groups([group.rewards for group in line], [group.kept for group in line], rounds)
@@ -317,7 +308,7 @@ class RolloutDriver:
         size = config.responses_per_prompt
         try:
             requests = group_requests(groups, config, self._stops, seed=self._config.seed)
-            scores = self._scorer.run(requests, [groups[r.index // size].problem.answer for r in requests])
+            scores = self._scorer.run(requests, [groups[r.index // size].problem for r in requests])
             with self._changed:
                 self._accept(groups, scores, wave)
                 self._journal_batches()

@@ -75,12 +75,12 @@ def evaluate_set(
         raise ValueError("eval: got greedy false and samples 0, need one of them; set eval.samples or eval.greedy")
     limit = config.max_response_tokens or max_new_tokens
     requests: list[GenerationRequest] = []
-    answers: list[str] = []
+    asked: list[Problem] = []
     for problem in problems.items:
         for number in range(0 if config.greedy else 1, config.samples + 1):
             requests.append(_request(problem, number, len(requests), config, limit, stop_token_ids, (seed, name)))
-            answers.append(problem.answer)
-    responses = scorer.run(requests, answers).responses
+            asked.append(problem)
+    responses = scorer.run(requests, asked).responses
     each = len(requests) // len(problems.items)
     rows = [
         _row(problem, responses[i * each : (i + 1) * each], config.greedy) for i, problem in enumerate(problems.items)
@@ -116,10 +116,10 @@ def _row(problem: Problem, responses: Sequence[Scored], greedy: bool) -> dict[st
     return {
         "id": problem.id,
         "answer": problem.answer,
-        "greedy": first.verdict.reward if greedy else None,
+        "greedy": first.verdict.primary if greedy else None,
         "response": first.text,
         "finish_reason": first.completion.finish_reason,
-        "samples": [s.verdict.reward for s in responses[1 if greedy else 0 :]],
+        "samples": [s.verdict.primary for s in responses[1 if greedy else 0 :]],
     }
 
 

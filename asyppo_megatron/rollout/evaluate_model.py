@@ -10,9 +10,10 @@ import torch
 
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.models.spec import ModelSpec
-from asyppo_megatron.rewards import build_verifier
-from asyppo_megatron.rollout.driver import build_embedded_engine, build_problems
+from asyppo_megatron.rewards import build_rewards
+from asyppo_megatron.rollout.driver import build_embedded_engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
+from asyppo_megatron.rollout.problems import build_eval_problems
 from asyppo_megatron.rollout.scoring import Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
 
@@ -41,13 +42,13 @@ def evaluate_model(config: Config, model_dir: Path, out: Path | None = None) -> 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # this process has the machine to itself, unlike a run's
     tokenizer = load_tokenizer(tokenizer_dir)
-    sets = {e.name: build_problems(config, tokenizer, e.path, e.limit) for e in config.data.eval}
+    sets = {e.name: build_eval_problems(config, tokenizer, e) for e in config.data.eval}
     stops = find_stop_tokens(tokenizer, model_dir, config.rollout.stop_token_ids)
     scorer = None
-    verifier = build_verifier(config.reward)  # its processes import while the weights are read
+    rewards = build_rewards(config, tokenizer)  # their processes import while the weights are read
     try:
         engine = build_embedded_engine(config, model_dir)
-        scorer = Scorer(engine, tokenizer, verifier)
+        scorer = Scorer(engine, tokenizer, rewards)
         engine.load_pretrained()
         results = []
         for name, problems in sets.items():
@@ -65,7 +66,7 @@ def evaluate_model(config: Config, model_dir: Path, out: Path | None = None) -> 
             logger.info("eval: wrote %s", write_rows(out, results[-1]))
         return results
     finally:
-        scorer.close() if scorer is not None else verifier.close()
+        scorer.close() if scorer is not None else rewards.close()
 
 
 def _tokenizer_dir(config: Config, model_dir: Path) -> Path:

@@ -12,6 +12,7 @@ from asyppo_megatron.config import FilteringConfig, RolloutConfig
 from asyppo_megatron.rollout.buffer import Group
 from asyppo_megatron.rollout.engine import GenerationRequest
 from asyppo_megatron.rollout.filtering import overlong_penalty
+from asyppo_megatron.rollout.reward_statistics import is_correct, reward_statistics
 from asyppo_megatron.rollout.scoring import stable_seed
 from asyppo_megatron.types import Trajectory
 
@@ -56,6 +57,7 @@ def step_trajectories(groups: Sequence[Group]) -> list[Trajectory]:
             kept_mass=r.completion.kept_mass,
             reward_status=r.verdict.status,
             version_spans=r.completion.version_spans,
+            token_rewards=r.verdict.token_rewards,
         )
         for number, group in enumerate(groups)
         for sample, r in enumerate(group.responses)
@@ -82,10 +84,11 @@ def step_statistics(trajectories: Sequence[Trajectory], groups: Sequence[Group])
     count = len(trajectories)
     lengths = [len(t.response_tokens) for t in trajectories]
     waves = {g.wave: g for g in groups}.values()
+    responses = [r for g in groups for r in g.responses]
     masses = [t.kept_mass for t in trajectories if not math.isnan(t.kept_mass)]
     return {
         "reward": sum(t.reward for t in trajectories) / count,
-        "accuracy": sum(t.reward > 0.5 for t in trajectories) / count,
+        "accuracy": sum(map(is_correct, responses)) / count,
         "response_length": sum(lengths) / count,
         "response_length_max": max(lengths),
         "prompt_length": sum(len(t.prompt_tokens) for t in trajectories) / count,
@@ -95,7 +98,7 @@ def step_statistics(trajectories: Sequence[Trajectory], groups: Sequence[Group])
         "generated_tokens": sum(lengths),
         "generate_seconds": sum(g.generate_s for g in waves),
         "verify_seconds": sum(g.verify_s for g in waves),
-    }
+    } | reward_statistics(responses, [g.problem for g in groups for _ in g.responses])
 
 
 def staleness_statistics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from asyppo_megatron.rollout import journal
 log = logging.getLogger(__name__)
 
 # Settings that decide when and where something is generated, not what.
+_INDIFFERENT_REWARD: Any = {"workers": True, "model": {"url", "batch", "patience_s"}}
 _INDIFFERENT = {"max_batch", "timeout_s", "sglang", "max_mismatch", "on_update", "partial", "max_staleness"}
 
 
@@ -23,8 +24,9 @@ class StepIdentity:
     def __init__(self, config: Config, stop_token_ids: tuple[int, ...]):
         settings = {
             "rollout": config.rollout.model_dump(mode="json", exclude=_INDIFFERENT),
+            "rewards": [r.model_dump(mode="json", exclude=_INDIFFERENT_REWARD) for r in config.all_rewards],
+            "data": config.data.model_dump(mode="json", include={"sources", "curriculum"}),
             "filtering": config.filtering.model_dump(mode="json"),
-            "reward": config.reward.model_dump(mode="json", exclude={"workers"}),
             "stops": stop_token_ids,
             "shuffle": config.data.shuffle,
         }

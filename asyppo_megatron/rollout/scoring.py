@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from asyppo_megatron.rewards import Verdict, Verifier
+from asyppo_megatron.rewards import Judgement, RewardSet, Sample
+from asyppo_megatron.rollout.dataset import Problem
 from asyppo_megatron.rollout.engine import Completion, Engine, GenerationRequest
 from asyppo_megatron.rollout.tokenizer import decode
 
@@ -18,11 +19,11 @@ VERIFY_AT_ONCE = 64  # responses handed to the verifier together
 
 @dataclass(frozen=True)
 class Scored:
-    """One response with its text and its verdict."""
+    """One response with its text and what its rewards came to."""
 
     completion: Completion
     text: str
-    verdict: Verdict
+    verdict: Judgement
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class ScoredResponses:
 
 
 class Scorer:
-    """An engine, a tokenizer and a verifier that work together; responses are verified while others are generated."""
+    """An engine, a tokenizer and rewards that work together; responses are scored while others are generated."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, verifier: Verifier):
-        self._engine, self._tokenizer, self._verifier = engine, tokenizer, verifier
+    def __init__(self, engine: Engine, tokenizer: Any, rewards: RewardSet):
+        self._engine, self._tokenizer, self._rewards = engine, tokenizer, rewards
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
 
-    def run(self, requests: Sequence[GenerationRequest], answers: Sequence[str]) -> ScoredResponses:
-        """Generate and verify.
+    def run(self, requests: Sequence[GenerationRequest], problems: Sequence[Problem]) -> ScoredResponses:
+        """Generate and score.
 
         Args:
             requests: numbered 0..n-1 by `index`.
-            answers: reference answer of each request.
+            problems: of each request.
         """
         start = time.monotonic()
         pending: list[Completion] = []
@@ -60,11 +61,11 @@ class Scorer:
         for completion in self._engine.generate(requests):
             pending.append(completion)
             if len(pending) == VERIFY_AT_ONCE:
-                futures.append(self._thread.submit(self._verify, pending, answers))
+                futures.append(self._thread.submit(self._verify, pending, problems))
                 pending = []
         generate_s = time.monotonic() - start
         if pending:
-            futures.append(self._thread.submit(self._verify, pending, answers))
+            futures.append(self._thread.submit(self._verify, pending, problems))
         done = [f.result() for f in futures]
         scored = {s.completion.index: s for chunk, _ in done for s in chunk}
         missing = [r.index for r in requests if r.index not in scored]
@@ -74,15 +75,35 @@ class Scorer:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._verifier.close()
+        self._rewards.close()
         self._engine.close()
 
-    def _verify(self, completions: Sequence[Completion], answers: Sequence[str]) -> tuple[list[Scored], float]:
+    def _verify(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> tuple[list[Scored], float]:
         start = time.monotonic()
-        texts = [decode(self._tokenizer, c.tokens) for c in completions]
-        verdicts = self._verifier.score_many([(t, answers[c.index]) for c, t in zip(completions, texts, strict=True)])
-        scored = [Scored(*row) for row in zip(completions, texts, verdicts, strict=True)]
+        scored = score_completions(
+            completions, [problems[c.index] for c in completions], self._tokenizer, self._rewards
+        )
         return scored, time.monotonic() - start
+
+
+def score_completions(
+    completions: Sequence[Completion], problems: Sequence[Problem], tokenizer: Any, rewards: RewardSet
+) -> list[Scored]:
+    """Text and judgement of each completion of the problem beside it; blocks until all are there."""
+    texts = [decode(tokenizer, c.tokens) for c in completions]
+    samples = [
+        Sample(
+            text=text,
+            answer=problem.answer,
+            problem=problem.text,
+            extra=problem.extra,
+            prompt_tokens=tuple(problem.prompt_tokens.tolist()),
+            response_tokens=tuple(completion.tokens.tolist()),
+        )
+        for text, problem, completion in zip(texts, problems, completions, strict=True)
+    ]
+    judgements = rewards.judge(samples, [p.rewards for p in problems])
+    return [Scored(*row) for row in zip(completions, texts, judgements, strict=True)]
 
 
 def stable_seed(*parts: object) -> int:

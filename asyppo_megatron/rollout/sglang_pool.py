@@ -112,7 +112,8 @@ class ServerPool:
 
     async def fail(self, server: Server, fault: EngineFault) -> None:
         """A request to a server failed: put it off, or give it up when it is lost."""
-        log.warning("engine %s: %s", server.url, fault)
+        if server.is_ready or not fault.is_lost:  # the requests that are lost with it say nothing new
+            log.warning("engine %s: %s", server.url, fault)
         if not fault.is_lost:
             server.put_off()
         elif server.is_ready:

@@ -122,6 +122,7 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on_exactly(finished, a
     assert trajectory(run_dir) == trajectory(finished.run_dir)
 
 
+@pytest.mark.slow  # it waits for most of the collectives' timeout
 def test_a_rank_that_hangs_ends_the_run_by_name_with_the_stacks_of_the_others(finished, asyppo: Asyppo, tmp_path):
     run_dir = tmp_path / "run"
     command = asyppo.start(run_dir, "checkpoint.every=1", "collective_timeout_s=40")

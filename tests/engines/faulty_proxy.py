@@ -18,7 +18,7 @@ class FaultyProxy:
         url: to use in place of the engine's.
         fault: what to do with the n-th generation (from 0); may be changed at any time.
         generations: asked for so far.
-        delivered: request ids whose replies were passed on.
+        delivered: replies with a whole response that were passed on.
     """
 
     def __init__(self, engine_url: str, fault: Callable[[int], str] = lambda n: PASS):
@@ -64,7 +64,7 @@ class FaultyProxy:
         request.send_header("Content-Length", str(len(content)))
         request.end_headers()
         request.wfile.write(content)
-        if request.path == "/generate" and status == 200:
+        if request.path == "/generate" and status == 200 and b'"type":"abort"' not in content:
             self.delivered.append(content)
 
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:

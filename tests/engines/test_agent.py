@@ -117,6 +117,7 @@ def test_an_agent_whose_run_does_not_come_back_ends_itself(engine_model: Path, t
     assert_gone([found["pid"], *engine["pids"]], found["url"])
 
 
+@pytest.mark.slow
 def test_a_run_configured_otherwise_does_not_take_the_old_engines(engine_model: Path, tmp_path: Path):
     crashed, found = start_owner(write_config(engine_model, tmp_path / "run"))
     crashed.kill()

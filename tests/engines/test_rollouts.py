@@ -172,7 +172,7 @@ def test_a_stopped_engine_is_given_up_and_taken_up_again_with_its_weights(
     thread = threading.Thread(target=lambda: found.extend(engine.generate(asked)))
     thread.start()
     time.sleep(0.4)
-    pids = engine_server.process.pids()
+    pids = engine_server.process.pids
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -203,7 +203,7 @@ def test_a_killed_engine_leaves_its_requests_to_the_other_and_nothing_behind(
         thread = threading.Thread(target=lambda: found.extend(engine.generate(requests(12, 300, stop_token_ids=()))))
         thread.start()
         time.sleep(0.5)
-        pids = second.process.pids()
+        pids = second.process.pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         thread.join(300)

@@ -48,7 +48,13 @@ class Slurm:
         return done.stdout
 
     def submit(
-        self, run_dir: Path, *overrides: str, script: str = "asyppo_14b", nodes: int = 2, minutes: int = 60
+        self,
+        run_dir: Path,
+        *overrides: str,
+        script: str = "asyppo_14b",
+        nodes: int = 2,
+        minutes: int = 60,
+        limit_s: float = LIMIT_S,
     ) -> Job:
         """`sbatch` of one of our scripts with a tiny configuration."""
         config = run_dir.with_suffix(".yaml")
@@ -64,7 +70,7 @@ class Slurm:
             ASYPPO_CONFIG=str(config),
             ASYPPO_PYTHON=sys.executable,
         ).strip()
-        return Job(self, number, run_dir, log)
+        return Job(self, number, run_dir, log, limit_s)
 
     def kill_node(self, name: str) -> None:
         self._local("kill-node", name)
@@ -79,7 +85,8 @@ class Slurm:
 class Job:
     """One job, over all its starts."""
 
-    def __init__(self, slurm: Slurm, number: str, run_dir: Path, log: Path):
+    def __init__(self, slurm: Slurm, number: str, run_dir: Path, log: Path, limit_s: float = LIMIT_S):
+        self._limit_s = limit_s
         self._slurm, self.number, self.run_dir, self._log = slurm, number, run_dir, log
         self._hastened = 0  # restarts that were brought forward
 
@@ -122,7 +129,7 @@ class Job:
             self._begin_soon()
             return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 
-        wait_until(ended, lambda: f"the end\n{self.log}")
+        wait_until(ended, lambda: f"the end\n{self.log}", self._limit_s)
         wait_until(lambda: not self.processes(), lambda: f"left behind: {self.processes()}", 30.0)
         return self.show()["JobState"]
 

@@ -18,11 +18,10 @@ needs_nemo = pytest.mark.skipif(
 
 
 def launch(config: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         [sys.executable, "-m", "asyppo_megatron", "launch", str(config), *arguments],
         cwd=ROOT,
-        env={**os.environ, "PATH": path, **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=600,

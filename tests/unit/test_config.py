@@ -79,7 +79,7 @@ def test_sections_cannot_be_changed():
             ]
             * 2,
         ),
-        ({"data": {"train": None}}, ["data.train: Input is not a valid path for <class 'pathlib.Path'> (got None)"]),
+        ({"data": {"train": 3}}, ["data.train: Input is not a valid path for <class 'pathlib.Path'> (got 3)"]),
         ({"actor": {"ranks": "0-x"}}, ["actor.ranks: got '0-x', need ranks like '0-7' or '0,2-3' (got '0-x')"]),
         ({"ppo": {"gamma": 2}}, ["ppo.gamma: Input should be less than or equal to 1 (got 2)"]),
     ],

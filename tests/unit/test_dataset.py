@@ -40,7 +40,7 @@ def load(path: Path, tokenizer, **settings):
 
 def test_rows_are_read_with_numbers_as_text_and_other_keys_ignored(tmp_path):
     path = write(tmp_path / "a.jsonl", [row("a", source="x"), "", row(7, answer=4.5)])
-    assert read_rows(path) == [("a", "^1+1=", "2"), ("7", "^1+1=", "4.5")]
+    assert read_rows(path) == [("a", "^1+1=", "2", {"source": "x"}), ("7", "^1+1=", "4.5", {})]
     assert len(read_rows(path, limit=1)) == 1
 
 

@@ -16,7 +16,7 @@ PACKAGE = "asyppo_megatron"
 
 # From the top down; a module may import from its own layer and from those below.
 LAYERS = [
-    {"__main__", "cli", "demo", "train", "run", "world", "sft", "prepare", "preflight", "launch"},
+    {"__main__", "cli", "demo", "train", "run", "world", "sft", "prepare", "preflight", "launch", "plan", "doctor"},
     {"roles", "rollout", "weight_sync", "checkpoint", "observability"},
     {"models", "kernels", "convert", "rewards"},
     {"parallel", "backend", "ppo", "packing"},

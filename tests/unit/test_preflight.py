@@ -128,6 +128,13 @@ def test_wrong_rows_are_named_by_set_file_and_line(tree, tmp_path):
     assert third == f"data.eval e: {evaluation}: got no problems, need lines of {{id, problem, answer}}"
 
 
+def test_kernels_where_they_cannot_run_are_refused(tree, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tree["kernels"] = "triton"
+    (error,) = errors_of(tree)
+    assert error.startswith("kernels") and "set kernels to" in error
+
+
 def test_the_longest_sequence_must_fit_every_model(tree, tmp_path):
     tree["critics"][0]["model"] = str(make_model(tmp_path / "short", max_position_embeddings=48))
     assert errors_of(tree) == [
