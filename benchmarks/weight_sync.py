@@ -160,7 +160,9 @@ def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pip
                 else:
                     store.wait([f"floor/{count}/{stage}"])
         seconds = time.perf_counter() - began
-        pipe.send({"seconds": seconds, "extra": max(_resident() - peak, 0), "bytes": source.num_bytes if sends else 0})
+        moved = source.num_bytes if sends else 0
+        pipe.send({"seconds": seconds, "extra": max(_resident() - peak, 0), "bytes": moved})
+        source = bucket = flats = None  # their buffers go before the next round's come
     os._exit(0)
 
 
