@@ -79,7 +79,7 @@ def launch(request: Request, config: Config, *, dry_run: bool, follow: bool) -> 
         experiment.run(detach=not waits, tail_logs=waits)
         if not waits:
             return "SUBMITTED"
-        statuses = experiment.status(return_dict=True)
+    statuses = experiment.status(return_dict=True)  # leaving the experiment has waited for its end
     return ", ".join(sorted({str(s["status"]) for s in statuses.values()}))
 
 
