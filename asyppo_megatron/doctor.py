@@ -187,9 +187,9 @@ def _needs(config: Config, gpus: list[str]) -> Iterable[Row]:
     for name, role in config.roles().items():
         there = (role.model / "config.json").is_file()
         yield Row(f"model of {name}", str(role.model), there, "no config.json there: download the model")
-    yield Row(
-        "training data", str(config.data.train), config.data.train.is_file(), "make it with `asyppo prepare data`"
-    )
+    for source in config.data.all_sources:
+        what = f"training data {source.name}" if config.data.sources else "training data"
+        yield Row(what, str(source.path), source.path.is_file(), "make it with `asyppo prepare data`")
 
 
 def table(rows: list[Row]) -> str:

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.2
 _REQUEST_TIMEOUT_S = 20.0
-_FIRST_LEASE_S = 60.0  # for the run that starts an agent to find it
+_FIRST_LEASE_S = 120.0  # for the run that starts an agent to find it
 
 
 def fingerprint(config: Config, num_gpus: int) -> str:

@@ -24,7 +24,7 @@ from asyppo_megatron.rollout.agents import AgentClient, AgentError, address_path
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0  # of the agent alone, without its engines: imports from a cold disk
+START_TIMEOUT_S = 300.0  # of the agent alone, without its engines: imports from a cold disk, on a busy machine
 _STOP_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 

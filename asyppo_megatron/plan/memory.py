@@ -19,6 +19,8 @@ class RoleMemory:
         state: weights, gradients, optimizer.
         activations: saved for the backward pass, and the largest layer at work.
         logits: logits, their probabilities and their gradient (values for a critic).
+        step: what the optimizer's step needs for a moment, when activations are gone: torch's AdamW takes the roots
+            of all second moments at once. Transformer Engine's needs nothing.
     """
 
     role: str
@@ -26,10 +28,16 @@ class RoleMemory:
     state: StateBytes
     activations: int
     logits: int
+    step: int = 0
+
+    @property
+    def transient(self) -> int:
+        """What is there beside the state at the worst moment."""
+        return max(self.activations + self.logits, self.step)
 
     @property
     def total(self) -> int:
-        return self.state.total + self.activations + self.logits
+        return self.state.total + self.transient
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        return sum(r.state.total for r in self.roles) + max((r.activations + r.logits for r in self.roles), default=0)
+        return sum(r.state.total for r in self.roles) + max((r.transient for r in self.roles), default=0)
 
 
 def layer_activation_bytes(spec: ModelSpec, config: RoleConfig, tokens: int) -> int:
@@ -101,6 +109,11 @@ def logits_bytes(spec: ModelSpec, config: RoleConfig, tokens: int, *, chunk: int
     return rows * columns * (2 * width + 8)
 
 
+def step_bytes(config: RoleConfig, state: StateBytes) -> int:
+    """An fp32 number for every element whose optimizer state the rank keeps."""
+    return state.optimizer // (12 if config.precision == "bf16" else 8) * 4
+
+
 def role_memory(config: Config, name: str, role: RoleConfig, spec: ModelSpec, stage: int) -> RoleMemory:
     """A role's memory on the fullest rank of one of its stages."""
     kind = "critic" if name.startswith("critic") else "actor"
@@ -111,7 +124,7 @@ def role_memory(config: Config, name: str, role: RoleConfig, spec: ModelSpec, st
     if stage == role.layout.pp - 1:
         fused = config.actor.fused_head_chunk if config.actor.fused_head else None
         logits = logits_bytes(spec, role, tokens, chunk=fused) if kind == "actor" else 16 * tokens
-    return RoleMemory(name, stage, state, activation_bytes(spec, role, tokens), logits)
+    return RoleMemory(name, stage, state, activation_bytes(spec, role, tokens), logits, step_bytes(role, state))
 
 
 def rank_memory(config: Config, specs: dict[str, ModelSpec]) -> list[RankMemory]:

@@ -118,7 +118,19 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def describe(plan: Plan, gpu_name: str) -> str:
     """One plan in words and tables."""
     gpu = ACCELERATORS[gpu_name]
-    rows = [["role, stage (GB a rank)", "ranks", "weights", "gradients", "optimizer", "activations", "logits", "sum"]]
+    rows = [
+        [
+            "role, stage (GB a rank)",
+            "ranks",
+            "weights",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "step",
+            "peak",
+        ]
+    ]
     seen = set()
     for rank in plan.ranks:
         for r in rank.roles:
@@ -127,7 +139,7 @@ def describe(plan: Plan, gpu_name: str) -> str:
             seen.add((r.role, r.stage))
             count = sum((x.role, x.stage) == (r.role, r.stage) for other in plan.ranks for x in other.roles)
             s = r.state
-            parts = (s.parameters, s.gradients, s.optimizer, r.activations, r.logits, r.total)
+            parts = (s.parameters, s.gradients, s.optimizer, r.activations, r.logits, r.step, r.total)
             rows.append([f"{r.role}, {r.stage}", str(count), *map(_gb, parts)])
     text = [f"{plan.name} on {gpu_name} ({gpu.memory / 1e9:.0f} GB)", "", _table(rows), ""]
     text.append(f"peak of a training rank: {_gb(plan.peak)} GB; of all {len(plan.ranks)}: {_gb(plan.total)} GB")

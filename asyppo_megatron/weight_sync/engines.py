@@ -51,12 +51,14 @@ class EngineState:
     Attributes:
         incarnation: changes when its process is another one.
         weight_version: of the last complete sync, "default" in a new process.
+        on_gpu: whether it has memory to give up; SGLang's scheduler on a CPU does not survive being asked to.
     """
 
     tp: int
     dtype: str
     incarnation: str
     weight_version: str
+    on_gpu: bool
 
 
 class Request:
@@ -153,7 +155,13 @@ def describe(url: str, timeout_s: float) -> EngineState:
                 f"engine {url}: got {key} {info[key]}, need 1 for a weight sync; start more engines with tp instead"
             )
     weight_version = str(call(url, "/model_info", timeout_s, method="GET").get("weight_version"))
-    return EngineState(int(info["tp_size"]), str(info["dtype"]), json.dumps(info.get("startup_time")), weight_version)
+    return EngineState(
+        tp=int(info["tp_size"]),
+        dtype=str(info["dtype"]),
+        incarnation=json.dumps(info.get("startup_time")),
+        weight_version=weight_version,
+        on_gpu=info.get("device") != "cpu",
+    )
 
 
 def wait_until_flushed(url: str, timeout_s: float, patience_s: float) -> None:

@@ -152,21 +152,28 @@ class EngineSessions:
 
         def give_up(url: str) -> None:
             limit = self.options.timeout_s
-            if describe(url, limit).weight_version == _RELEASED:
+            state = describe(url, limit)
+            if state.weight_version == _RELEASED:
                 return
             call(url, "/pause_generation", limit, {"mode": "retract"})
             wait_until_flushed(url, limit, limit)
             # An engine does not say whether it has its memory, and does not survive being given it twice: its version
             # says so, also to a trainer that starts anew.
             self._name_version(url, _RELEASED)
-            call(url, "/release_memory_occupation", limit, {"tags": [*_EARLY, *_LATE]})
+            if state.on_gpu:
+                call(url, "/release_memory_occupation", limit, {"tags": [*_EARLY, *_LATE]})
 
         self._each(self._all, give_up)
 
     def _resume_weights(self, url: str) -> None:
         """An engine that gave up its memory gets back the part that the new weights need."""
-        if self.engines[url].state.weight_version == _RELEASED:
+        if self._is_released(url):
             call(url, "/resume_memory_occupation", self.options.timeout_s, {"tags": list(_EARLY)})
+
+    def _is_released(self, url: str) -> bool:
+        """Whether an engine had no memory when this push began."""
+        state = self.engines[url].state
+        return state.on_gpu and state.weight_version == _RELEASED
 
     def _name_version(self, url: str, name: str) -> None:
         body = {"new_version": name, "abort_all_requests": False}
@@ -177,7 +184,7 @@ class EngineSessions:
 
         def go_on(url: str) -> None:
             limit = self.options.timeout_s
-            if self.engines[url].state.weight_version == _RELEASED:
+            if self._is_released(url):
                 call(url, "/resume_memory_occupation", limit, {"tags": list(_LATE)})
             self._name_version(url, str(self._version))
             call(url, "/continue_generation", limit, {})

@@ -82,7 +82,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def peak_of_update(rank: int, ranks: int, directory: Path, tokens: int, recompute: str, length: int) -> tuple[int, int]:
-    """Peak live tensor bytes of building a model, one micro-batch and one optimizer step; and what plan says."""
+    """Peak live tensor bytes of building a model, two updates of one micro-batch; and what plan says."""
     from torch.profiler import profile
 
     from asyppo_megatron.config import ActorConfig
@@ -90,14 +90,14 @@ def peak_of_update(rank: int, ranks: int, directory: Path, tokens: int, recomput
     from asyppo_megatron.packing import plan_micro_batches
     from asyppo_megatron.parallel.layout import ParallelLayout
     from asyppo_megatron.parallel.process_groups import GroupRegistry, build_groups
-    from asyppo_megatron.plan.memory import activation_bytes, logits_bytes
+    from asyppo_megatron.plan.memory import RoleMemory, activation_bytes, logits_bytes, step_bytes
     from asyppo_megatron.plan.parameters import state_bytes
     from asyppo_megatron.ppo.logprob import logprob_entropy
     from asyppo_megatron.roles.role import Role
     from asyppo_megatron.roles.runner import make_pack
 
     path = ROOT / "model_configs/qwen3_0.6b.yaml"
-    tree = yaml.safe_load(path.read_text())["architecture"] | {"num_hidden_layers": 8, "vocab_size": 8192}
+    tree = yaml.safe_load(path.read_text())["architecture"] | {"num_hidden_layers": 5, "vocab_size": 8192}
     spec = ModelSpec.from_architecture(tree, path)
     config = ActorConfig(model=path, precision="fp32", recompute=recompute)
     groups = build_groups(ParallelLayout((0,)), GroupRegistry())
@@ -119,13 +119,16 @@ def peak_of_update(rank: int, ranks: int, directory: Path, tokens: int, recomput
             logprobs, entropies = logprob_entropy(out.squeeze(0), pack.tokens[0])
             return (logprobs + 0.01 * entropies).mean(), None
 
-        role.accumulate(packs, loss)
-        role.step()
+        for _ in range(2):  # the optimizer's state is there from the first step on
+            role.accumulate(packs, loss)
+            role.step()
     live = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    state = state_bytes(spec, "actor", config, 0)[0].total
-    need = state + activation_bytes(spec, config, tokens) + logits_bytes(spec, config, tokens, chunk=None)
-    return peak, need
+    state = state_bytes(spec, "actor", config, 0)[0]
+    logits = logits_bytes(spec, config, tokens, chunk=None)
+    return peak, RoleMemory(
+        "actor", 0, state, activation_bytes(spec, config, tokens), logits, step_bytes(config, state)
+    ).total

@@ -43,7 +43,7 @@ def test_state_is_predicted_to_the_byte_on_every_rank(case: Case, counted: list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tokens", "length", "recompute"), [(256, 64, "none"), (2048, 256, "none"), (4096, 256, "full")]
+    ("tokens", "length", "recompute"), [(128, 64, "none"), (512, 128, "none"), (1024, 128, "full")]
 )
 def test_peak_of_an_update_is_predicted_within_a_tenth(
     tmp_path: Path, tokens: int, length: int, recompute: str
