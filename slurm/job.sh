@@ -26,12 +26,12 @@ run_job() {
     set -- "$@" "rollout.sglang.agents=[$run_dir/agents]"
   fi
 
+  [ -z "$stopping" ] || finish 75  # the signal came before there was anything to stop
   # One launcher a node. The job lives on for a minute after the first of them ends, which the others need to say why.
   # shellcheck disable=SC2016 # the task's own variables
   on "${hosts[@]:0:train_nodes}" -- bash -c 'exec "$ASYPPO_PYTHON" -m asyppo_megatron train "$@" --nodes "$TRAIN_NODES" \
     --node "$SLURM_NODEID" --rendezvous "$MASTER_ADDR:$ASYPPO_PORT" --job "$SLURM_JOB_ID"' train "$ASYPPO_CONFIG" "$@" &
   pid=$!
-  [ -z "$stopping" ] || kill -USR1 "$pid"  # the signal came before there was anything to stop
   while wait "$pid"; code=$?; kill -0 "$pid" 2>/dev/null; do :; done  # a trapped signal interrupts wait
   trap '' USR1 TERM  # what is left to do takes seconds
   [ -z "$agents_pid" ] || { kill -TERM "$agents_pid" 2>/dev/null && wait "$agents_pid"; }

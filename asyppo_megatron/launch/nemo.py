@@ -67,11 +67,13 @@ def launch(request: Request, config: Config, *, dry_run: bool, follow: bool) -> 
     """
     check_allocation(config, request.nodes, request.gpus_per_node)
     run = _nemo()
+    if request.job_dir is not None:
+        # Not `base_dir`: the Slurm executor would look for the batch script in NeMo-Run's home all the same.
+        run.config.set_nemorun_home(str(request.job_dir.absolute()))
     waits = follow or request.executor == "local"
     executor = _local(run, config) if request.executor == "local" else _slurm(run, request)
     task = _rank_task(run, request) if request.executor == "local" else _node_task(run, request)
-    base = str(request.job_dir.absolute()) if request.job_dir is not None else None
-    with run.Experiment(TITLE, base_dir=base, skip_status_at_exit=True, enable_goodbye_message=False) as experiment:
+    with run.Experiment(TITLE, skip_status_at_exit=True, enable_goodbye_message=False) as experiment:
         experiment.add(task, executor=executor, name="train", tail_logs=waits)
         if dry_run:
             experiment.dryrun()
@@ -79,7 +81,7 @@ def launch(request: Request, config: Config, *, dry_run: bool, follow: bool) -> 
         experiment.run(detach=not waits, tail_logs=waits)
         if not waits:
             return "SUBMITTED"
-        statuses = experiment.status(return_dict=True)
+    statuses = experiment.status(return_dict=True)  # leaving the experiment has waited for its end
     return ", ".join(sorted({str(s["status"]) for s in statuses.values()}))
 
 

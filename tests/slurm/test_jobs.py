@@ -111,7 +111,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_goes_on(reference: Command, slur
 @pytest.mark.slow
 def test_a_job_that_hits_its_time_limit_has_saved_and_goes_on(local: Asyppo, slurm: Slurm, tmp_path):
     endless = ("num_steps=100000", "eval.every=0", "checkpoint.every=0", "checkpoint.grace_s=20")
-    job = slurm.submit(tmp_path / "run", *endless, minutes=6)  # the script's signal comes five minutes before
+    job = slurm.submit(tmp_path / "run", *endless, minutes=10)  # its signal comes five to six minutes before
     job.wait_for_restart(1)
     (saved,) = saved_steps(job.run_dir)
     wanted = saved + 3
