@@ -61,6 +61,10 @@ def train(run: Run, first_step: int) -> bool:
             save_if_new(run, step + 1)
             log_step(run, row, time.perf_counter() - began)
             return False
+        is_saved = run.is_colocated and is_save_due(run, step + 1)
+        if is_saved:  # the push moves roles to the host
+            with run.timer.phase("checkpoint"):
+                save(run, step + 1)
         with run.timer.phase("weight_sync"):
             run.push(step + 1)
         last = step + 1 == config.num_steps
@@ -68,7 +72,7 @@ def train(run: Run, first_step: int) -> bool:
         if not is_eval and not last:
             source.start(step + 1, step + 1)
         with run.timer.phase("checkpoint"):
-            if is_save_due(run, step + 1):
+            if is_save_due(run, step + 1) and not is_saved:
                 save(run, step + 1)
         log_step(run, row, time.perf_counter() - began)
         if is_eval:
@@ -220,6 +224,7 @@ def _train_and_export(run: Run) -> bool:
         return False
     if config.checkpoint.export_hf:
         with run.timer.phase("export"):
+            run.take_devices(config.num_steps)
             export_models(run)
     if rank == 0:
         learning_curve(config.run_dir)

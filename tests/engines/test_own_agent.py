@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from agent_processes import assert_gone, end, wait_until
 from engine_servers import ROOT, START_S, engine_environment
+from safetensors.torch import load_file
 
 from asyppo_megatron.observability.metrics import read_metrics
 from asyppo_megatron.rollout.agents import AgentClient, AgentError, address_path, read_address
@@ -89,3 +91,24 @@ def test_a_killed_run_takes_up_its_engines_at_the_next_start_and_ends_them_when_
         end(first)
         with contextlib.suppress(AgentError):
             AgentClient(read_address(address_path(run_dir)).url).shutdown()
+
+
+@pytest.mark.slow
+def test_roles_that_leave_the_device_are_saved_and_exported_whole(engine_model, tmp_path):
+    """Checkpoint, resume and export of a colocated run, whose weights are on the host while engines generate."""
+    path, run_dir = write_run(engine_model, tmp_path), tmp_path / "run"
+    colocated = ["actor.offload=all", "rollout.sglang.placement=colocated", "checkpoint.export_hf=true"]
+    for steps in (2, 3):
+        run = start_run(path, f"num_steps={steps}", *colocated)
+        try:
+            assert run.wait(LIMIT_S) == 0, (tmp_path / "train.log").read_text()[-4000:]
+        finally:
+            end(run)
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # The last step comes after the resume: what was saved scores as what the engine was given then.
+    assert all(row["mismatch_max"] < 1e-4 for row in rows), rows
+    before, after = (load_file(folder / "model.safetensors") for folder in (engine_model, run_dir / "hf" / "actor"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.allclose(before[name], after[name], atol=0.01) for name in before)
