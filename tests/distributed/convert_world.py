@@ -204,7 +204,7 @@ def stream(case: Case, directory: Path, registry: Any, ranks: int) -> dict[str, 
     from asyppo_megatron.convert.export import hf_stream
     from asyppo_megatron.convert.load import load_hf
     from asyppo_megatron.convert.safetensors_file import SafetensorsFile
-    from asyppo_megatron.weight_sync.disk import push_to_directory
+    from asyppo_megatron.weight_sync.disk import PushError, push_to_directory
 
     source = directory / case.checkpoint
     model, spec, groups, _ = _build(case, source, registry, ranks)
@@ -220,7 +220,7 @@ def stream(case: Case, directory: Path, registry: Any, ranks: int) -> dict[str, 
     with mock.patch.object(SafetensorsFile, "write", side_effect=full if groups.at.pp == case.pp - 1 else None):
         try:
             push_to_directory(model, spec, target, 3, groups)
-        except OSError as e:
+        except PushError as e:
             errors.append(str(e))
     return {"first": found[False], "everywhere": found[True], "at": groups.at, "errors": errors}
 
