@@ -49,9 +49,14 @@ def test_the_mismatch_of_stale_rollouts_shows_where_weights_have_moved(ahead: Co
     assert moved and max(moved) > 1e-4, "old logprobs are those of the weights that sampled"
 
 
-def interrupt(asyppo: Asyppo, run_dir: Path, step: int, who: str, sig: signal.Signals = signal.SIGKILL) -> None:
+def interrupt(
+    asyppo: Asyppo, run_dir: Path, step: int, who: str, sig: signal.Signals = signal.SIGKILL, *, saved: bool = False
+) -> None:
+    """Start a run and end one of its processes after a step, and where `saved` after a complete checkpoint."""
     command = asyppo.start(run_dir, *ASYNC)
     command.wait_for_step(step)
+    if saved:
+        command.wait_until(lambda: saved_steps(run_dir), "a checkpoint")
     stop(command, who, sig)
     assert command.wait() != 0
 
@@ -68,8 +73,7 @@ def check_complete(asyppo: Asyppo, run_dir: Path, whole: Path) -> None:
 def test_an_interrupted_run_neither_loses_nor_repeats_a_prompt(ahead: Command, asyppo: Asyppo, tmp_path):
     run_dir = tmp_path / "run"
     interrupt(asyppo, run_dir, 1, "driver")  # before the first checkpoint
-    interrupt(asyppo, run_dir, 3, "rank-00000")
-    assert saved_steps(run_dir)
+    interrupt(asyppo, run_dir, 3, "rank-00000", saved=True)
     check_complete(asyppo, run_dir, ahead.run_dir)
 
 
