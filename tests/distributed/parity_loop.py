@@ -13,6 +13,7 @@ from parity_models import make_batch
 
 from asyppo_megatron.checkpoint import Checkpointer
 from asyppo_megatron.config import Config
+from asyppo_megatron.observability.board import StatusBoard
 from asyppo_megatron.observability.timing import PhaseTimer
 from asyppo_megatron.run import Run
 from asyppo_megatron.types import PackedBatch
@@ -57,4 +58,5 @@ def build_run(config: Config, device: torch.device, store: Any) -> Run:
         metrics=None,
         progress=None,
         scratch=None,
+        slot=StatusBoard(1).slot(0),
     )
