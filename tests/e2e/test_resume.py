@@ -106,17 +106,21 @@ def test_ctrl_c_stops_everything_at_once_and_the_run_can_go_on(finished, asyppo:
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on_exactly(finished, asyppo: Asyppo, tmp_path, sig):
-    run_dir = tmp_path / "run"
-    command = asyppo.start(run_dir, "checkpoint.every=0")
-    command.wait_for_step(2)
-    for process in command.processes():  # as Slurm does it: to everything that belongs to the job
-        process.send_signal(sig)
-    assert command.wait() == 75
+    for attempt in range(8):  # on a busy machine a run may be over, or in its last step, when it hears of the signal
+        run_dir = tmp_path / f"run-{attempt}"
+        command = asyppo.start(run_dir, "checkpoint.every=0")
+        command.wait_for_step(1)
+        for process in command.processes():  # as Slurm does it: to everything that belongs to the job
+            process.send_signal(sig)
+        code = command.wait()
+        if code and saved_steps(run_dir) != [NUM_STEPS]:
+            break
+    assert code == 75
     assert command.err.splitlines()[-1] == (
         f"stopped by {sig.name} after a checkpoint; start the same command again to resume"
     )
     (step,) = saved_steps(run_dir)
-    assert 2 <= step < NUM_STEPS and "Traceback" not in command.err
+    assert 1 <= step < NUM_STEPS and "Traceback" not in command.err
     asyppo.train(run_dir, "checkpoint.every=0")
     assert saved_steps(run_dir) == [step, NUM_STEPS]
     assert trajectory(run_dir) == trajectory(finished.run_dir)

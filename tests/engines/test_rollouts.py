@@ -180,7 +180,7 @@ def test_a_stopped_engine_is_given_up_and_taken_up_again_with_its_weights(
         while engine.statistics()["rollout/engines"]:
             assert time.monotonic() < deadline, "the engine was not given up"
             time.sleep(0.2)
-        assert not found
+        assert len(found) < len(asked), "nothing was under way"
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)

@@ -63,6 +63,7 @@ def main(rank):
     store, _, _ = next(dist.rendezvous("env://", rank, 3))
     exec(CODE, {**globals(), "rank": rank, "store": store})
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 try:
     local.run_ranks(3, main, Path(LOGS) if LOGS else None)
 except local.RankFailed as e:
