@@ -60,12 +60,12 @@ class FaultyProxy:
             status, content = 500, b'{"error": "injected"}'
         else:
             status, content = self._forward(request, body)
+        if request.path == "/generate" and status == 200 and b'"type":"abort"' not in content:
+            self.delivered.append(content)
         request.send_response(status)
         request.send_header("Content-Length", str(len(content)))
         request.end_headers()
         request.wfile.write(content)
-        if request.path == "/generate" and status == 200 and b'"type":"abort"' not in content:
-            self.delivered.append(content)
 
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self._target.hostname, self._target.port, timeout=300)
