@@ -2,7 +2,7 @@
 
 On a CPU: a random Qwen3 of 0.6B shapes on tp x pp gloo ranks sends its buckets to a receiver process that joins the
 update group as an engine does (bar: at least 70 % of a plain gloo broadcast in pieces of the same size, without
-checksums), and through shared memory to one that opens them. `--engine URL` adds the whole sync into an SGLang server.
+checksums). The way through shared memory and a whole sync into an SGLang server are not measured here yet.
 On a GPU: the shapes of `--shape` on one GPU; a receiver process opens the CUDA IPC handles of every bucket and copies
 the tensors into its own weights, as an engine would (bar for 14B: under 2 s).
 """
