@@ -18,7 +18,7 @@ class FaultyProxy:
         url: to use in place of the engine's.
         fault: what to do with the n-th generation (from 0); may be changed at any time.
         generations: asked for so far.
-        delivered: replies with a whole response that were passed on.
+        delivered: replies with a whole response that were passed on, also to those who had hung up.
     """
 
     def __init__(self, engine_url: str, fault: Callable[[int], str] = lambda n: PASS):

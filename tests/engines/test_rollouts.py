@@ -116,7 +116,8 @@ def test_weights_that_come_in_mid_response_leave_a_version_at_every_token(engine
 
 def check_all_once(completions: list, proxy: FaultyProxy, count: int) -> None:
     assert sorted(c.index for c in completions) == list(range(count))
-    assert len(proxy.delivered) == count, "a reply was lost or taken twice"
+    # More where an engine was given up: what it still answered went to nobody.
+    assert len(proxy.delivered) >= count, "a response without a reply"
 
 
 @pytest.mark.parametrize("fault", [REFUSE, CUT])
@@ -145,7 +146,7 @@ def test_the_load_of_an_engine_that_fails_goes_to_the_others(engines: Engines, v
     engine.load_weights(versions[0], 0)
     completions = list(engine.generate(requests(24, 4)))
     assert sorted(c.index for c in completions) == list(range(24))
-    assert len(good.delivered) + len(bad.delivered) == 24 and len(good.delivered) > 12
+    assert len(good.delivered) + len(bad.delivered) >= 24 and len(good.delivered) > 12
 
 
 def test_idle_engines_share_the_requests(engines: Engines, versions):
