@@ -43,7 +43,7 @@ class Slurm:
     def call(self, *command: str, **environment: str) -> str:
         """Output of one of Slurm's commands."""
         env = {**os.environ, "SLURM_CONF": str(self.conf), **environment}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 import time
 
 import pytest
-from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, trajectory
+from e2e_runs import NUM_STEPS, Asyppo, Command, saved_steps, steps, trajectory
 from slurm_jobs import Slurm
 
 
@@ -65,6 +67,25 @@ def test_the_signal_before_the_time_limit_reaches_the_script_alone_and_requeues(
     assert "asked to stop" in job.log and "stopped by SIGUSR1 after a checkpoint" in job.log
     assert job.wait() == "COMPLETED", job.log
     assert trajectory(job.run_dir) == trajectory(reference.run_dir)
+
+
+@pytest.mark.slow
+def test_stacks_of_all_ranks_can_be_asked_for_and_the_job_runs_on(slurm: Slurm, tmp_path):
+    job = slurm.submit(tmp_path / "run", "reward.kind=math", "reward.workers=2", "eval.every=0")
+    job.wait_for_step(1)
+    slurm.call("scancel", "--signal=USR2", f"{job.number}.0")  # a process that does not expect it would end
+    assert job.wait() == "COMPLETED", job.log
+    assert job.restarts == 0
+    for name in ("rank-00000", "rank-00001", "rank-00002", "rank-00003"):
+        assert "most recent call first" in (job.run_dir / "logs" / f"{name}.log").read_text(), name
+    rows = steps(job.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [*range(1, NUM_STEPS + 1)]
+    assert not any(row.get("reward_status/verifier_error") for row in rows), rows
+
+
+def test_doctor_compares_the_clocks_of_an_allocation(slurm: Slurm, tmp_path):
+    found = slurm.call("salloc", "--nodes=2", sys.executable, "-m", "asyppo_megatron", "doctor", "--dir", str(tmp_path))
+    assert re.search(r"^ok +clocks +2 nodes within 0\.\d s$", found, re.MULTILINE), found
 
 
 @pytest.mark.slow
