@@ -19,7 +19,6 @@ from asyppo_megatron.launch.allocation import check_allocation
 
 TITLE = "asyppo"
 _SIGNAL = "USR1@300"  # to all processes of the steps, 5 minutes before the time limit: time to save
-_PORT = "$((20000 + SLURM_JOB_ID % 10000))"
 
 
 class NemoMissing(ValueError):
@@ -132,7 +131,7 @@ def _node_task(run: Any, request: Request) -> Any:
     words = [sys.executable, "-m", "asyppo_megatron", "train", str(request.config), *request.overrides]
     place = (
         '--nodes "$SLURM_NNODES" --node "$SLURM_NODEID" --job "$SLURM_JOB_ID" '
-        f'--rendezvous "$SLURM_LAUNCH_NODE_IPADDR:{_PORT}"'
+        '--rendezvous "$SLURM_LAUNCH_NODE_IPADDR:$ASYPPO_PORT"'
     )
     script = f"cd {shlex.quote(str(Path.cwd()))}\nsource slurm/env.sh\nexec {shlex.join(words)} {place}\n"
     return run.Script(inline=script, entrypoint="bash")

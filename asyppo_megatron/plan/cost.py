@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from asyppo_megatron.config import Config, RoleConfig
+from asyppo_megatron.convert.table import Role
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.plan.hardware import (
     DECODE_SHARE,
@@ -15,7 +16,7 @@ from asyppo_megatron.plan.hardware import (
     Accelerator,
 )
 from asyppo_megatron.plan.memory import engine_memory
-from asyppo_megatron.plan.parameters import model_elements
+from asyppo_megatron.plan.parameters import kind_of, model_elements
 
 Part = Literal["rollouts", "scores", "updates", "sync"]
 
@@ -40,9 +41,9 @@ class Phase:
     ranks: tuple[int, ...]
 
 
-def forward_flops(spec: ModelSpec, tokens: float, length: float, role: str) -> float:
+def forward_flops(spec: ModelSpec, tokens: float, length: float, role: Role) -> float:
     """Two operations a weight and token (the embedding is looked up), and causal attention over `length` tokens."""
-    weights = model_elements(spec, "critic" if role == "critic" else "actor")
+    weights = model_elements(spec, role)
     if role == "critic" or not spec.tied:
         weights -= spec.vocab_size * spec.hidden_size
     attention = 4 * spec.num_layers * spec.num_heads * spec.head_dim * length / 2
@@ -65,8 +66,9 @@ def phases(config: Config, specs: dict[str, ModelSpec], gpu: Accelerator, *, res
         found.append(Phase(name, part, flops, 0.0, seconds, role.ranks))
 
     for name, role in config.roles().items():
-        is_critic = name.startswith("critic")
-        once = forward_flops(specs[name], tokens, length, "critic" if is_critic else "actor")
+        kind = kind_of(name)
+        is_critic = kind == "critic"
+        once = forward_flops(specs[name], tokens, length, kind)
         bubble = 1 + 0.05 * (role.layout.pp - 1)
         passes = 4 if role.recompute == "full" else 3
         share = 1 / config.num_critics if is_critic and config.ppo.critic_data == "disjoint" else 1.0

@@ -8,7 +8,7 @@ from asyppo_megatron.config import Config, RoleConfig
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.plan.hardware import OVERHEAD_BYTES, USABLE_SHARE, Accelerator
-from asyppo_megatron.plan.parameters import StateBytes, model_elements, state_bytes
+from asyppo_megatron.plan.parameters import StateBytes, kind_of, model_elements, state_bytes
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def step_bytes(config: RoleConfig, state: StateBytes) -> int:
 
 def role_memory(config: Config, name: str, role: RoleConfig, spec: ModelSpec, stage: int) -> RoleMemory:
     """A role's memory on the fullest rank of one of its stages."""
-    kind = "critic" if name.startswith("critic") else "actor"
-    state = max(state_bytes(spec, kind, role, stage), key=lambda s: s.total)  # type: ignore[arg-type]
+    kind = kind_of(name)
+    state = max(state_bytes(spec, kind, role, stage), key=lambda s: s.total)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     tokens = max(role.max_tokens_per_micro_batch, longest)  # a longer sequence is a micro-batch of its own
     logits = 0

@@ -1,7 +1,7 @@
 """Jobs on a real Slurm of two nodes: whatever ends one, it goes on by itself and ends as if nothing had happened.
 
 On a CPU, in the same layout, the metrics of every step are those of `asyppo train` to the bit, times and memory aside.
-Every test waits until no process of its job is left.
+Every test waits until no process of its job is left. Between them they submit every script of slurm/.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_requeues(reference: Comman
 
 @pytest.mark.slow
 def test_the_signal_before_the_time_limit_reaches_the_script_alone_and_requeues(reference, slurm: Slurm, tmp_path):
-    job = slurm.submit(tmp_path / "run", "checkpoint.every=0")
+    job = slurm.submit(tmp_path / "run", "checkpoint.every=0", script="asyppo_4b")
     job.wait_for_step(2)
     job.signal("--batch", "--signal=USR1")  # what --signal=B:USR1@300 does
     job.wait_for_restart(1)
@@ -73,7 +73,7 @@ def test_the_signal_before_the_time_limit_reaches_the_script_alone_and_requeues(
 def test_stacks_of_all_ranks_can_be_asked_for_and_the_job_runs_on(slurm: Slurm, tmp_path):
     job = slurm.submit(tmp_path / "run", "reward.kind=math", "reward.workers=2", "eval.every=0")
     job.wait_for_step(1)
-    slurm.call("scancel", "--signal=USR2", f"{job.number}.0")  # a process that does not expect it would end
+    slurm.call("scancel", "--signal=USR2", f"{job.number}.1")  # a process that does not expect it would end
     assert job.wait() == "COMPLETED", job.log
     assert job.restarts == 0
     for name in ("rank-00000", "rank-00001", "rank-00002", "rank-00003"):
@@ -90,7 +90,7 @@ def test_doctor_compares_the_clocks_of_an_allocation(slurm: Slurm, tmp_path):
 
 @pytest.mark.slow
 def test_requeue_from_outside_goes_on_from_the_last_checkpoint(reference: Command, slurm: Slurm, tmp_path):
-    job = slurm.submit(tmp_path / "run")
+    job = slurm.submit(tmp_path / "run", script="asyppo_8b")
     job.wait_for_step(3)
     job.requeue()
     job.wait_for_restart(1)
@@ -150,7 +150,7 @@ def test_a_job_that_hits_its_time_limit_has_saved_and_goes_on(local: Asyppo, slu
 
 @pytest.mark.slow
 def test_a_run_that_fails_three_times_without_progress_stops_and_says_why(slurm: Slurm, tmp_path):
-    job = slurm.submit(tmp_path / "run", "critics.1.optimizer.lr=1e30", "checkpoint.every=0")
+    job = slurm.submit(tmp_path / "run", "critics.1.optimizer.lr=1e30", "checkpoint.every=0", script="ppo_14b")
     assert job.wait() == "FAILED"
     assert job.restarts == 2
     assert "got 3 starts of this job that failed without any checkpoint; not started again" in job.log
@@ -161,7 +161,7 @@ def test_a_run_that_fails_three_times_without_progress_stops_and_says_why(slurm:
 
 @pytest.mark.slow
 def test_a_cancelled_job_ends_within_its_grace_and_is_not_requeued(slurm: Slurm, tmp_path):
-    job = slurm.submit(tmp_path / "run", f"num_steps={100 * NUM_STEPS}", "eval.every=0")
+    job = slurm.submit(tmp_path / "run", f"num_steps={100 * NUM_STEPS}", "eval.every=0", script="grpo_14b")
     job.wait_for_step(2)
     began = time.monotonic()
     job.signal()

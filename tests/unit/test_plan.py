@@ -11,6 +11,7 @@ import yaml
 
 from asyppo_megatron.cli import main
 from asyppo_megatron.config import Config, ConfigError, RoleConfig, load_config
+from asyppo_megatron.demo import prepare
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.plan.cost import Part, Phase, part_seconds, step_seconds
 from asyppo_megatron.plan.hardware import ACCELERATORS
@@ -30,6 +31,7 @@ MODELS = sorted((ROOT / "model_configs").glob("*.yaml"))
 SIZES = ("4b", "8b", "14b")
 RECIPES = sorted(p for p in (ROOT / "model_configs/runs").glob("*.yaml") if p.stem.split("_")[1:2] and
                  p.stem.split("_")[1] in SIZES)  # fmt: skip
+SMALL = sorted(set((ROOT / "model_configs/runs").glob("*.yaml")) - set(RECIPES))
 PUBLISHED = {
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360,
     "qwen3_14b": 14_768_307_200, "qwen3_32b": 32_762_123_264, "llama3.1_8b": 8_030_261_248,
@@ -85,6 +87,15 @@ def test_recipe_has_the_papers_settings_and_fits_80_gb(path: Path) -> None:
     alone = path.stem.startswith("grpo") or path.stem.endswith("_colocated")
     assert config.num_ranks == (paper // 2 if alone else paper)
     assert not make_plan(path.stem, config, ACCELERATORS["H100"]).misfits
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)
+def test_a_small_recipe_is_laid_out_around_the_demos_models(path: Path, tmp_path: Path) -> None:
+    prepare.actor_config().save_pretrained(tmp_path / "actor")
+    prepare.critic_config().save_pretrained(tmp_path / "critic")
+    models = [f"actor.model={tmp_path / 'actor'}", f"critics.*.model={tmp_path / 'critic'}"]
+    plan = make_plan(path.stem, load_config(path, models), ACCELERATORS["H100"])
+    assert len(plan.layout) == len(plan.config.roles()) and not plan.misfits
 
 
 def test_elements_of_a_rank_by_hand() -> None:
