@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyppo_megatron.config import Config
+from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.launch.allocation import check_allocation
 
 TITLE = "asyppo"
@@ -64,7 +64,15 @@ def launch(request: Request, config: Config, *, dry_run: bool, follow: bool) -> 
         NemoMissing: the extra is not installed.
         ConfigError: the run does not fit, or its files are not there.
     """
-    check_allocation(config, request.nodes, request.gpus_per_node)
+    facts = check_allocation(config, request.nodes, request.gpus_per_node)
+    if facts["agent_nodes"] and request.nodes > 1:
+        found = f"rollout.sglang: got engines for nodes {facts['agent_nodes']} of {request.nodes}"
+        raise ConfigError(
+            [
+                f"{found}, need agents that run already, since NeMo-Run starts ranks only; set rollout.sglang.agents, or "
+                "use sbatch slurm/*.sbatch"
+            ]
+        )
     run = _nemo()
     if request.job_dir is not None:
         # Not `base_dir`: the Slurm executor would look for the batch script in NeMo-Run's home all the same.

@@ -71,16 +71,15 @@ def test_the_signal_before_the_time_limit_reaches_the_script_alone_and_requeues(
 
 @pytest.mark.slow
 def test_stacks_of_all_ranks_can_be_asked_for_and_the_job_runs_on(slurm: Slurm, tmp_path):
-    job = slurm.submit(tmp_path / "run", "reward.kind=math", "reward.workers=2", "eval.every=0")
-    job.wait_for_step(1)
+    job = slurm.submit(tmp_path / "run", "reward.kind=math", "reward.workers=2", "eval.every=0", "num_steps=60")
+    job.wait_for_step(2)
     slurm.call("scancel", "--signal=USR2", f"{job.number}.1")  # a process that does not expect it would end
     assert job.wait() == "COMPLETED", job.log
     assert job.restarts == 0
     for name in ("rank-00000", "rank-00001", "rank-00002", "rank-00003"):
         assert "most recent call first" in (job.run_dir / "logs" / f"{name}.log").read_text(), name
     rows = steps(job.run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [*range(1, NUM_STEPS + 1)]
-    assert not any(row.get("reward_status/verifier_error") for row in rows), rows
+    assert len(rows) == 60 and not any(row.get("reward_status/verifier_error") for row in rows), rows
 
 
 def test_doctor_compares_the_clocks_of_an_allocation(slurm: Slurm, tmp_path):
