@@ -69,8 +69,8 @@ def launch(request: Request, config: Config, *, dry_run: bool, follow: bool) -> 
         found = f"rollout.sglang: got engines for nodes {facts['agent_nodes']} of {request.nodes}"
         raise ConfigError(
             [
-                f"{found}, need agents that run already, since NeMo-Run starts ranks only; set rollout.sglang.agents, or "
-                "use sbatch slurm/*.sbatch"
+                f"{found}, need agents that run already, since NeMo-Run starts ranks only; set rollout.sglang.agents, "
+                "or use sbatch slurm/*.sbatch"
             ]
         )
     run = _nemo()
