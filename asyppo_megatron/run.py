@@ -31,7 +31,8 @@ from asyppo_megatron.rollout.source import DriverSource
 from asyppo_megatron.weight_sync.devices import engine_gpus
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
 from asyppo_megatron.weight_sync.engines import EngineTarget
-from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
+from asyppo_megatron.weight_sync.orders import SyncOptions
+from asyppo_megatron.weight_sync.push import EngineSync
 from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ def test_an_engine_killed_between_two_pushes_gets_the_weights_again_and_no_respo
         return log.exists() and line in log.read_text()
 
     try:
-        wait_until(lambda: logged("weight sync: version 1 on 1 engines"), bool, LIMIT_S)
+        wait_until(lambda: logged(f"weight sync: version {STEPS - 1} on 1 engines"), bool, LIMIT_S)
         agent = AgentClient(read_address(address_path(run_dir)).url)
         (before,) = agent.engines()
         for pid in before["pids"]:
