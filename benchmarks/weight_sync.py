@@ -312,14 +312,15 @@ def _engine(args: Any, directory: Path, everywhere: Any, gib: float) -> dict[str
     from asyppo_megatron.launch.engine_command import engine_command
     from asyppo_megatron.launch.engine_process import EngineProcess, free_port, server_info
 
-    sglang = {"max_total_tokens": 2048, "context_length": 512, "mem_fraction": 0.5, "dtype": "bfloat16"}
+    sglang = {"max_total_tokens": 2048, "max_concurrency": 4, "mem_fraction": 0.5, "dtype": "bfloat16"}
     sglang["extra_args"] = ["--load-format", "dummy", "--skip-tokenizer-init"]
+    rollout = {"engine": "sglang", "max_prompt_tokens": 256, "max_response_tokens": 256, "sglang": sglang}
     tree = {
         "run_dir": str(directory / "run"),
         "actor": {"model": str(directory), "precision": "fp32"},
         "ppo": {"advantage": "grpo", "advantage_mask_fraction": 0, "entropy_mask_fraction": 0},
         "data": {"train": "unused.jsonl"},
-        "rollout": {"engine": "sglang", "sglang": sglang},
+        "rollout": rollout,
     }
     stand_in = Path(__file__).resolve().parents[1] / "tests" / "engines" / "stand_in"  # of SGLang's CPU kernels
     path = os.pathsep.join(filter(None, [str(stand_in), os.environ.get("PYTHONPATH", "")]))
