@@ -190,6 +190,8 @@ def _needs(config: Config, gpus: list[str]) -> Iterable[Row]:
     for source in config.data.all_sources:
         what = f"training data {source.name}" if config.data.sources else "training data"
         yield Row(what, str(source.path), source.path.is_file(), "make it with `asyppo prepare data`")
+    for found in config.data.eval:
+        yield Row(f"evaluation data {found.name}", str(found.path), found.path.is_file(), "make it likewise")
 
 
 def table(rows: list[Row]) -> str:

@@ -17,11 +17,11 @@ run_job() {
   trap 'say "asked to stop"; stopping=1; [ -z "$pid" ] || kill -USR1 "$pid"' USR1 TERM
   facts=$(srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$ASYPPO_PYTHON" -m asyppo_megatron check --shell \
     "$ASYPPO_CONFIG" "$@" --nodes "$SLURM_NNODES" ${gpus:+--gpus-per-node "$gpus"}) || { say "refused"; exit 1; }
-  eval "$facts"  # ranks, ranks_per_node, train_nodes, engine, agents, run_dir
+  eval "$facts"  # ranks, ranks_per_node, train_nodes, engine, agent_nodes, run_dir
   readarray -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${hosts[0]} TRAIN_NODES=$train_nodes
   say "$ASYPPO_CONFIG: $ranks ranks on $SLURM_JOB_NODELIST, $ranks_per_node a node, engine $engine, store at $MASTER_ADDR"
-  if [ "$agents" != none ]; then
+  if [ -n "$agent_nodes" ]; then
     start_agents "$@"
     set -- "$@" "rollout.sglang.agents=[$run_dir/agents]"
   fi
@@ -47,10 +47,10 @@ on() {
     --overlap --kill-on-bad-exit=0 --wait=60 "${container[@]}" "$@"
 }
 
-# Node agents, which supervise the SGLang engines of their nodes: beside the ranks, or on the nodes these leave over.
+# Node agents, which supervise the SGLang engines of their nodes: beside the actor, or on the nodes that ranks leave over.
 start_agents() {
-  local nodes=("${hosts[@]:0:train_nodes}") waited=0
-  [ "$agents" = train ] || nodes=("${hosts[@]:train_nodes}")
+  local index nodes=() waited=0
+  for index in $agent_nodes; do nodes+=("${hosts[index]}"); done
   rm -rf "$run_dir/agents"  # of an earlier start
   # Each listens on its node's own address: the driver, on the first node, has to reach it.
   # shellcheck disable=SC2016 # the task's own variables

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from asyppo_megatron.config import Config, ConfigError
+from asyppo_megatron.launch.run_agent import needs_own_agent
 from asyppo_megatron.preflight import check_run
 
 
@@ -46,27 +48,22 @@ def check_allocation(config: Config, nodes: int, gpus_per_node: int | None) -> d
         )
     if errors:
         raise ConfigError(errors)
+    agent_nodes: Iterable[int] = range(train_nodes, nodes)
+    if needs_own_agent(config) and config.rollout.sglang.placement == "colocated":
+        agent_nodes = sorted({rank // per_node for rank in config.actor.ranks})
     return {
         "ranks": str(config.num_ranks),
         "ranks_per_node": str(per_node),
         "train_nodes": str(train_nodes),
         "engine": config.rollout.engine,
-        "agents": _agents(config),
+        "agent_nodes": " ".join(map(str, agent_nodes)),  # where the job is to start node agents
         "run_dir": str(config.run_dir),
     }
 
 
-def _agents(config: Config) -> str:
-    """Where a job is to start node agents: "none", "train" (beside the ranks) or "rest" (on the other nodes)."""
-    engines = config.rollout.sglang
-    if config.rollout.engine != "sglang" or engines.urls or engines.agents:
-        return "none"
-    return "train" if engines.placement == "colocated" else "rest"
-
-
 def _engine_nodes(config: Config, nodes: int, gpus_per_node: int | None) -> int:
     """Nodes of a job that have engines and no ranks: those that the ranks leave over, at least one."""
-    if _agents(config) != "rest":
+    if not needs_own_agent(config) or config.rollout.sglang.placement == "colocated":
         return 0
     return max(nodes - -(-config.num_ranks // gpus_per_node), 1) if gpus_per_node else 1
 

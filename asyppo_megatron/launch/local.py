@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from asyppo_megatron.launch.failure import Failure, RankFailed, Stopped, explain, find_failure
 from asyppo_megatron.launch.hang import HangDetector, Watch
 from asyppo_megatron.launch.peers import Peers, Place, open_store
@@ -78,7 +76,8 @@ def run_ranks(
             store = open_store(place)
             peers = Peers(store, place)
             try:
-                _start(children, store)
+                for child in children.values():
+                    child.go(store.port)
                 _Supervisor(children, peers, watch, signals, log_dir).run()
             finally:
                 end(children)
@@ -87,11 +86,6 @@ def run_ranks(
             end(children)
             for child in children.values():
                 child.close()
-
-
-def _start(children: dict[int, Child], store: dist.TCPStore) -> None:
-    for child in children.values():
-        child.go(store.port)
 
 
 class _Signals:

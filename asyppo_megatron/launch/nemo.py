@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyppo_megatron.config import Config
+from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.launch.allocation import check_allocation
 
 TITLE = "asyppo"
 _SIGNAL = "USR1@300"  # to all processes of the steps, 5 minutes before the time limit: time to save
-_PORT = "$((20000 + SLURM_JOB_ID % 10000))"
 
 
 class NemoMissing(ValueError):
@@ -65,7 +64,15 @@ def launch(request: Request, config: Config, *, dry_run: bool, follow: bool) -> 
         NemoMissing: the extra is not installed.
         ConfigError: the run does not fit, or its files are not there.
     """
-    check_allocation(config, request.nodes, request.gpus_per_node)
+    facts = check_allocation(config, request.nodes, request.gpus_per_node)
+    if facts["agent_nodes"] and request.nodes > 1:
+        found = f"rollout.sglang: got engines for nodes {facts['agent_nodes']} of {request.nodes}"
+        raise ConfigError(
+            [
+                f"{found}, need agents that run already, since NeMo-Run starts ranks only; set rollout.sglang.agents, "
+                "or use sbatch slurm/*.sbatch"
+            ]
+        )
     run = _nemo()
     if request.job_dir is not None:
         # Not `base_dir`: the Slurm executor would look for the batch script in NeMo-Run's home all the same.
@@ -132,7 +139,7 @@ def _node_task(run: Any, request: Request) -> Any:
     words = [sys.executable, "-m", "asyppo_megatron", "train", str(request.config), *request.overrides]
     place = (
         '--nodes "$SLURM_NNODES" --node "$SLURM_NODEID" --job "$SLURM_JOB_ID" '
-        f'--rendezvous "$SLURM_LAUNCH_NODE_IPADDR:{_PORT}"'
+        '--rendezvous "$SLURM_LAUNCH_NODE_IPADDR:$ASYPPO_PORT"'
     )
     script = f"cd {shlex.quote(str(Path.cwd()))}\nsource slurm/env.sh\nexec {shlex.join(words)} {place}\n"
     return run.Script(inline=script, entrypoint="bash")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from asyppo_megatron.launch.failure import Failure
+from asyppo_megatron.launch.failure import Failure, explain
 
 SILENT_S = 60.0  # a launcher that has said nothing for so long is gone
 CONNECT_S = 600.0  # nodes of a job start minutes apart where images or environments are read first
@@ -119,10 +119,10 @@ class Peers:
         """Tell the others of a failure, hear theirs, and return the one that explains all."""
         failures = list(own)
         if not self._others:
-            return min(failures, key=_order)
+            return explain(failures)
         try:
             if own:
-                text = json.dumps(asdict(min(own, key=_order)))
+                text = json.dumps(asdict(explain(own)))
                 self._store.set(f"failure/{self._place.node}", text)
                 self._store.set("failed", "")
             time.sleep(_SETTLE_S)
@@ -131,7 +131,7 @@ class Peers:
                     failures.append(Failure(**json.loads(self._store.get(f"failure/{node}"))))
         except dist.DistError:  # node 0 has gone: what is known here must do
             failures.append(Failure(3, time.time(), "node 0: its launcher ended, or cannot be reached any more"))
-        return min(failures, key=_order)
+        return explain(failures)
 
     def announce_stop(self) -> None:
         self._set("stop", "")
@@ -184,7 +184,3 @@ class Peers:
             return bool(self._store.check([key]))
         except dist.DistError:
             return False  # `poll` says what that means
-
-
-def _order(failure: Failure) -> tuple[int, float]:
-    return failure.weight, failure.at

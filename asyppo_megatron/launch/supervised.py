@@ -6,6 +6,7 @@ starting -> ready -> dead (waits for its back-off) -> starting -> ...     failed
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections import deque
@@ -221,7 +222,5 @@ def _exit_text(code: int) -> str:
 def reachable(host: str) -> str:
     """The name that others reach a listening address by."""
     if host in ("0.0.0.0", "::"):
-        import socket
-
         return socket.getfqdn()
     return f"[{host}]" if ":" in host else host

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from asyppo_megatron.config import Config
 from asyppo_megatron.convert.rows import Kind
-from asyppo_megatron.convert.table import entries
+from asyppo_megatron.convert.table import Role, entries
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.parallel.layout import AXES, ParallelLayout
-from asyppo_megatron.plan.parameters import shard_elements, stage_parameters
+from asyppo_megatron.plan.parameters import kind_of, shard_elements, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,22 @@ def dry_run(config: Config, specs: dict[str, ModelSpec]) -> list[RoleDryRun]:
         places = {layout.rank_at(layout.coordinates(rank)) for rank in role.ranks}
         if places != set(role.ranks):
             raise ValueError(f"{name}: coordinates do not lead back to ranks {list(role.ranks)}")
-        check_shards(specs[name], "critic" if name.startswith("critic") else "actor", layout.tp, layout.pp)
+        check_shards(specs[name], kind_of(name), layout.tp, layout.pp)
         senders = [(groups["pp"][0][s], _stage_bytes(specs[name], name, layout.pp, s)) for s in range(layout.pp)]
         found.append(RoleDryRun(name, layout, groups, layout.output_ranks(), senders))
     return found
 
 
-def check_shards(spec: ModelSpec, role: str, tp: int, pp: int) -> None:
+def check_shards(spec: ModelSpec, role: Role, tp: int, pp: int) -> None:
     """Every tensor of the table on exactly one stage, and its shards as large as the whole.
 
     Raises:
         ValueError: naming the tensor.
     """
-    table = entries(spec, role)  # type: ignore[arg-type]
+    table = entries(spec, role)
     held: dict[str, int] = {}
     for stage in range(pp):
-        for parameter in stage_parameters(spec, role, tp=tp, pp=pp, stage=stage):  # type: ignore[arg-type]
+        for parameter in stage_parameters(spec, role, tp=tp, pp=pp, stage=stage):
             held[parameter.name] = held.get(parameter.name, 0) + 1
     if spec.tied and role == "actor" and pp > 1:
         held.pop("output_layer.weight")  # the last stage's copy of the embedding
@@ -79,5 +79,4 @@ def check_shards(spec: ModelSpec, role: str, tp: int, pp: int) -> None:
 
 
 def _stage_bytes(spec: ModelSpec, name: str, pp: int, stage: int) -> int:
-    role = "critic" if name.startswith("critic") else "actor"
-    return 2 * sum(p.elements for p in stage_parameters(spec, role, tp=1, pp=pp, stage=stage))  # type: ignore[arg-type]
+    return 2 * sum(p.elements for p in stage_parameters(spec, kind_of(name), tp=1, pp=pp, stage=stage))

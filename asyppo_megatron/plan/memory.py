@@ -8,7 +8,7 @@ from asyppo_megatron.config import Config, RoleConfig
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.parallel.layout import ParallelLayout
 from asyppo_megatron.plan.hardware import OVERHEAD_BYTES, USABLE_SHARE, Accelerator
-from asyppo_megatron.plan.parameters import StateBytes, model_elements, state_bytes
+from asyppo_megatron.plan.parameters import StateBytes, kind_of, model_elements, state_bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class RoleMemory:
         logits: logits, their probabilities and their gradient (values for a critic).
         step: what the optimizer's step needs for a moment, when activations are gone: torch's AdamW takes the roots
             of all second moments at once. Transformer Engine's needs nothing.
+        offloaded: of the state, on the host while colocated engines generate.
     """
 
     role: str
@@ -29,6 +30,7 @@ class RoleMemory:
     activations: int
     logits: int
     step: int = 0
+    offloaded: int = 0
 
     @property
     def transient(self) -> int:
@@ -66,6 +68,11 @@ class RankMemory:
     @property
     def peak(self) -> int:
         return sum(r.state.total for r in self.roles) + max((r.transient for r in self.roles), default=0)
+
+    @property
+    def beside_engine(self) -> int:
+        """What stays while a colocated engine generates."""
+        return sum(r.state.total - r.offloaded for r in self.roles)
 
 
 def layer_activation_bytes(spec: ModelSpec, config: RoleConfig, tokens: int) -> int:
@@ -116,15 +123,17 @@ def step_bytes(config: RoleConfig, state: StateBytes) -> int:
 
 def role_memory(config: Config, name: str, role: RoleConfig, spec: ModelSpec, stage: int) -> RoleMemory:
     """A role's memory on the fullest rank of one of its stages."""
-    kind = "critic" if name.startswith("critic") else "actor"
-    state = max(state_bytes(spec, kind, role, stage), key=lambda s: s.total)  # type: ignore[arg-type]
+    kind = kind_of(name)
+    state = max(state_bytes(spec, kind, role, stage), key=lambda s: s.total)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     tokens = max(role.max_tokens_per_micro_batch, longest)  # a longer sequence is a micro-batch of its own
     logits = 0
     if stage == role.layout.pp - 1:
         fused = config.actor.fused_head_chunk if config.actor.fused_head else None
         logits = logits_bytes(spec, role, tokens, chunk=fused) if kind == "actor" else 16 * tokens
-    return RoleMemory(name, stage, state, activation_bytes(spec, role, tokens), logits, step_bytes(role, state))
+    offloaded = {"none": 0, "optimizer": state.gradients + state.optimizer, "all": state.total}[role.offload]
+    activations = activation_bytes(spec, role, tokens)
+    return RoleMemory(name, stage, state, activations, logits, step_bytes(role, state), offloaded)
 
 
 def rank_memory(config: Config, specs: dict[str, ModelSpec]) -> list[RankMemory]:
@@ -133,16 +142,21 @@ def rank_memory(config: Config, specs: dict[str, ModelSpec]) -> list[RankMemory]
     for name, role in config.roles().items():
         layout = ParallelLayout.of(role)
         stages = [role_memory(config, name, role, specs[name], s) for s in range(role.layout.pp)]
-        reference = [
-            state_bytes(specs["reference"], "actor", role, s, trains=False)[0] if name == "actor" else None
-            for s in range(role.layout.pp if config.uses_reference else 0)
+        frozen = [
+            _reference_memory(specs["reference"], role, s)
+            for s in range(role.layout.pp if name == "actor" and config.uses_reference else 0)
         ]
         for index, rank in enumerate(role.ranks):
             stage = index // (len(role.ranks) // layout.pp)  # the slowest axis
             ranks[rank].roles.append(stages[stage])
-            if reference and reference[stage] is not None:
-                ranks[rank].roles.append(RoleMemory("reference", stage, reference[stage], 0, 0))  # type: ignore[arg-type]
+            if frozen:
+                ranks[rank].roles.append(frozen[stage])
     return ranks
+
+
+def _reference_memory(spec: ModelSpec, actor: RoleConfig, stage: int) -> RoleMemory:
+    state = state_bytes(spec, "actor", actor, stage, trains=False)[0]
+    return RoleMemory("reference", stage, state, 0, 0, offloaded=state.total if actor.offload == "all" else 0)
 
 
 def engine_memory(config: Config, spec: ModelSpec, gpu: Accelerator) -> EngineMemory | None:
@@ -180,18 +194,21 @@ def misfits(config: Config, specs: dict[str, ModelSpec], gpu: Accelerator) -> li
             f"engine: got room for {engine.tokens} tokens of keys and values, need {longest} for one sequence; raise "
             "rollout.sglang.tp or mem_fraction"
         )
-    state = max(sum(r.state.total for r in rank.roles) for rank in worst.values())
-    if (
-        engine is not None
-        and engine.on_training_gpus
-        and state + gpu.memory * config.rollout.sglang.mem_fraction > room
-    ):
-        share = max(0.0, (room - state) / gpu.memory)
-        found.append(
-            f"engine: got mem_fraction {config.rollout.sglang.mem_fraction} beside {state / 1e9:.1f} GB of weights and "
-            f"optimizer state, need at most {share:.2f}; lower rollout.sglang.mem_fraction, or raise layout.tp"
-        )
+    if engine is not None and engine.on_training_gpus:
+        state = max(rank.beside_engine for rank in worst.values() if rank.rank in config.actor.ranks)
+        found += _engine_misfit(config, state, gpu.memory, room)
     return found
+
+
+def _engine_misfit(config: Config, state: int, memory: float, room: int) -> list[str]:
+    """Why an engine does not fit beside the weights and optimizer state that stay on its GPU."""
+    share = config.rollout.sglang.mem_fraction
+    if state + memory * share <= room:
+        return []
+    return [
+        f"engine: got mem_fraction {share} beside {state / 1e9:.1f} GB of weights and optimizer state, need at most "
+        f"{max(0.0, (room - state) / memory):.2f}; lower rollout.sglang.mem_fraction, raise layout.tp, or set offload"
+    ]
 
 
 def _advice(config: Config, rank: RankMemory) -> str:

@@ -48,6 +48,11 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
+def kind_of(name: str) -> Role:
+    """Which kind of model a role has, by its name."""
+    return "critic" if name.startswith("critic") else "actor"
+
+
 def shard_elements(entry: Entry, tp: int, spec: ModelSpec) -> int:
     """Elements of one tensor-parallel rank's shard."""
     total = sum(math.prod(shape) for _, shape in entry.hf)

@@ -9,7 +9,7 @@ from pathlib import Path
 from asyppo_megatron.config import Config, ConfigError
 from asyppo_megatron.config.model_files import read_model_file
 from asyppo_megatron.models.spec import ModelSpec
-from asyppo_megatron.plan.cost import Phase, phases, step_seconds
+from asyppo_megatron.plan.cost import Phase, part_seconds, phases, step_seconds
 from asyppo_megatron.plan.hardware import (
     ACCELERATORS,
     DECODE_SHARE,
@@ -45,6 +45,12 @@ class Plan:
     def total(self) -> int:
         """Peaks of all training ranks together."""
         return sum(rank.peak for rank in self.ranks)
+
+    @property
+    def seconds(self) -> float:
+        """Expected time of a step."""
+        in_turn = self.engine is not None and self.engine.on_training_gpus
+        return step_seconds(self.phases, is_ahead=self.config.rollout.max_staleness > 0 and not in_turn)
 
 
 def model_specs(config: Config) -> dict[str, ModelSpec]:
@@ -154,7 +160,7 @@ def describe(plan: Plan, gpu_name: str) -> str:
     text += [
         "",
         _table(times),
-        f"expected step: {step_seconds(plan.phases):.0f} s at {plan.response_tokens:.0f} tokens a response",
+        f"expected step: {plan.seconds:.0f} s at {plan.response_tokens:.0f} tokens a response",
     ]
     text += ["", *_layout_lines(plan)]
     shares = f"train {TRAIN_SHARE:.0%}, forward {FORWARD_SHARE:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s"
@@ -190,15 +196,13 @@ def _short(ranks: list[int]) -> str:
 def compare(plans: Sequence[Plan]) -> str:
     """Several plans beside each other, relative to the first."""
     first = plans[0]
-    rows = [["", "GPUs", "peak GB a rank", "all ranks GB", "", "before exchange s", "step s", ""]]
-    base = step_seconds(first.phases)
+    rows = [["", "GPUs", "peak GB a rank", "", "all ranks GB", "", "before exchange s", "step s", ""]]
     for p in plans:
-        seconds = step_seconds(p.phases)
-        rest = sum(x.seconds for x in p.phases if not x.before_exchange)
         rows.append(
             [
-                p.name, str(len(p.ranks)), _gb(p.peak), _gb(p.total), f"{p.total / first.total - 1:+.0%}",
-                f"{seconds - rest:.1f}", f"{seconds:.1f}", f"{seconds - base:+.1f}",
+                p.name, str(len(p.ranks)), _gb(p.peak), f"{p.peak / first.peak - 1:+.0%}", _gb(p.total),
+                f"{p.total / first.total - 1:+.0%}", f"{part_seconds(p.phases, 'scores'):.1f}", f"{p.seconds:.1f}",
+                f"{p.seconds - first.seconds:+.1f}",
             ]
         )  # fmt: skip
     return _table(rows)

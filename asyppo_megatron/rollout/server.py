@@ -97,7 +97,7 @@ def driver_main(config: Config, run_dir: Path, socket_path: Path, parent: int) -
     if os.getppid() != parent:
         os._exit(1)
     # Its trainer ends it. Slurm signals every process of a job, and this one's workers inherit what it ignores.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     path = run_dir / "logs" / "driver.log"

@@ -43,7 +43,7 @@ class Slurm:
     def call(self, *command: str, **environment: str) -> str:
         """Output of one of Slurm's commands."""
         env = {**os.environ, "SLURM_CONF": str(self.conf), **environment}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -53,14 +53,13 @@ class Slurm:
         *overrides: str,
         script: str = "asyppo_14b",
         nodes: int = 2,
-        minutes: int = 60,
         limit_s: float = LIMIT_S,
     ) -> Job:
         """`sbatch` of one of our scripts with a tiny configuration."""
         config = run_dir.with_suffix(".yaml")
         config.write_text(yaml.safe_dump(tree(self.data, run_dir)))
         log = run_dir.with_suffix(".log")
-        options = [f"--nodes={nodes}", f"--output={log}", f"--time={minutes}"]
+        options = [f"--nodes={nodes}", f"--output={log}", "--time=60"]
         number = self.call(
             "sbatch",
             "--parsable",
@@ -105,6 +104,10 @@ class Job:
 
     def signal(self, *arguments: str) -> None:
         self._slurm.call("scancel", *arguments, self.number)
+
+    def limit(self, minutes: int) -> None:
+        """Change its time limit, which counts from its last start."""
+        self._slurm.call("scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}")
 
     def requeue(self) -> None:
         self._slurm.call("scontrol", "requeue", self.number)

@@ -66,6 +66,13 @@ def test_what_does_not_fit_is_refused_before_an_experiment_is_made(config: Path,
 
 
 @needs_nemo
+def test_engines_that_nobody_would_start_are_refused(config: Path, tmp_path):
+    options = ["--executor", "slurm", "--nodes", "2", "--job-dir", str(tmp_path / "jobs")]
+    done = launch(config, "rollout.engine=sglang", "actor.layout.tp=1", *options)
+    assert done.returncode == 1 and "got engines for nodes 1 of 2, need agents that run already" in done.stderr
+
+
+@needs_nemo
 @pytest.mark.slow
 def test_the_local_executor_ends_as_train_does(reference: Command, config: Path, tmp_path):
     done = launch(config, "--executor", "local", "--job-dir", str(tmp_path / "jobs"))

@@ -55,8 +55,10 @@ def test_what_a_run_needs_is_looked_for(tmp_path: Path) -> None:
     from asyppo_megatron.config import build_config
 
     tree = {"actor": {"model": "/nowhere"}, "critics": [], "method": "grpo", "data": {"train": "/nowhere.jsonl"}}
+    tree["data"]["eval"] = [{"name": "math", "path": "/nowhere.jsonl"}]
     rows = {row.what: row for row in doctor.check_machine(tmp_path, build_config(tree))}
-    assert not rows["model of actor"].is_fine and not rows["training data"].is_fine
+    for what in ("model of actor", "training data", "evaluation data math"):
+        assert not rows[what].is_fine
 
 
 def test_version_is_read_up_to_its_first_word() -> None:
