@@ -1,7 +1,7 @@
 """What the rollout driver does: it generates, verifies and journals while the ranks train.
 
-It runs in a process of its own (`server.py`). One thread answers commands, one uses the engine: generation and
-evaluation, in the order asked for.
+It runs in a process of its own (`server.py`). One thread answers commands; what uses the engine, a wave of generation
+or an evaluation, runs in another: one after the other with the embedded engine, side by side with servers.
 """
 
 from __future__ import annotations

@@ -119,14 +119,14 @@ class DriverSource:
         while not self._is_ready(step):
             if self._slot.stop_requested:
                 return _STOP
-            if self._handle.client.needs_weights:
-                logger.warning("step %d: an engine came back without the current weights; pushing them again", step)
-                return _PUSH
             if time.monotonic() >= deadline:
                 raise RolloutError(
                     f"rollouts of step {step}: got nothing for {self._timeout_s:.0f} s (rollout.timeout_s); see the "
                     "driver's log, raise the limit if generation is merely slow"
                 )
+            if self._handle.client.needs_weights:
+                logger.warning("step %d: an engine came back without the current weights; pushing them again", step)
+                return _PUSH
         return _READY
 
     def _load(self, step: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
