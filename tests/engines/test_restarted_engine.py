@@ -32,8 +32,14 @@ def test_an_engine_killed_between_two_pushes_gets_the_weights_again_and_no_respo
     run_dir = tmp_path / "run"
     long = ["rollout.max_response_tokens=224", "checkpoint.every=0"]  # it is killed while it generates
     run = own_runs.start(run_dir, f"num_steps={STEPS}", "actor.ranks=0-1", "actor.layout.tp=2", *long, *settings)
-    log, line = run_dir / "logs" / "rank-00000.log", f"weight sync: version {STEPS - 1} on 1 engines"
-    wait_while_running(run, run_dir, lambda: log.exists() and line in log.read_text())
+    log, version = run_dir / "logs" / "rank-00000.log", f"new_version='{STEPS - 1}'"
+
+    def generates() -> bool:
+        """Whether the engine has begun the last batch; killed before, it would be lost to the push itself."""
+        said_by_engine = "".join(path.read_text() for path in log.parent.glob("engine-*.log"))
+        return "Prefill batch" in said_by_engine.partition(version)[2]
+
+    wait_while_running(run, run_dir, generates)
     agent = AgentClient(read_address(address_path(run_dir)).url)
     (before,) = agent.engines()
     for pid in before["pids"]:
