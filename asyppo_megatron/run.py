@@ -237,8 +237,7 @@ def _shared_directory(config: Config) -> Path | None:
     """Where to push weights: as configured, and never into one node's memory what ranks of several nodes write."""
     if config.weight_sync.dir is not None:
         return config.weight_sync.dir
-    actor = config.actor
-    layout = ParallelLayout(actor.ranks, tp=actor.layout.tp, pp=actor.layout.pp, cp=actor.layout.cp)
+    layout = ParallelLayout.of(config.actor)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", config.num_ranks))
     writers = [rank for rank in layout.ranks if layout.coordinates(rank).dp == 0]
     return config.run_dir / "weights" if max(writers) >= here else None

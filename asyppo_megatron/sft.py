@@ -69,14 +69,13 @@ def run_supervised(tasks: Sequence[SupervisedTask], examples: Sequence[Example],
     registry = GroupRegistry()
     mine: list[tuple[SupervisedTask, Role]] = []
     for task in tasks:
-        layout = task.config.layout
-        groups = build_groups(ParallelLayout(task.config.ranks, tp=layout.tp, pp=layout.pp, cp=layout.cp), registry)
+        groups = build_groups(ParallelLayout.of(task.config), registry)
         if groups is None:
             skip_optimizer_construction()
             continue
         spec = ModelSpec.from_hf(task.config.model)
         role = Role(task.name, task.config, spec, groups, value_head=False, total_updates=task.steps)
-        load_hf(role.module, spec, task.config.model, tp_rank=groups.at.tp, tp_size=layout.tp)
+        load_hf(role.module, spec, task.config.model, tp_rank=groups.at.tp, tp_size=groups.layout.tp)
         role.weights_changed()
         mine.append((task, role))
     for task, role in mine:

@@ -52,7 +52,7 @@ class World:
         self.operators = choose(device, config.kernels)
         registry = GroupRegistry(config.collective_timeout_s)
         self.groups: dict[str, RoleGroups | None] = {
-            name: build_groups(_layout(role), registry, name) for name, role in config.roles().items()
+            name: build_groups(ParallelLayout.of(role), registry, name) for name, role in config.roles().items()
         }
         self.roles: dict[str, Role] = {}
         self.actor: Actor | None = None
@@ -306,7 +306,3 @@ class World:
                 "before these weights were saved or used, the last checkpoint is intact. Lower the learning rate of "
                 "the role, or look at the step's rollouts"
             )
-
-
-def _layout(config: RoleConfig) -> ParallelLayout:
-    return ParallelLayout(config.ranks, tp=config.layout.tp, pp=config.layout.pp, cp=config.layout.cp)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from asyppo_megatron.convert.atomic import atomic_directory
 from asyppo_megatron.convert.hf_io import MAX_FILE_BYTES, file_name, plan_files, write_index, write_sidecars
 from asyppo_megatron.convert.megatron_io import MegatronCheckpoint
 from asyppo_megatron.convert.pool import default_processes, run_split
 from asyppo_megatron.convert.progress import Progress
+from asyppo_megatron.convert.raw_file import Span
 from asyppo_megatron.convert.safetensors_file import SafetensorsFile, TensorInfo
 from asyppo_megatron.convert.table import Entry, Role
 
@@ -68,15 +71,25 @@ def _open(directory: Path, names: Mapping[str, Mapping[str, TensorInfo]], *, cre
 def _write(
     source: MegatronCheckpoint, entries: list[Entry], files: list[SafetensorsFile], report: Callable[[int], None]
 ) -> None:
-    """Convert some parameters; several processes write to the same files, each its own tensors."""
+    """Convert some parameters; several processes write to the same files, each its own tensors.
+
+    A thread reads and rearranges the next parameter while this one is written: one more is held in memory.
+    """
     file_of = {name: file for file in files for name in file.tensors}
-    for entry in entries:
-        done = 0
-        for (name, _), tensor in zip(entry.hf, source.read_hf(entry.name), strict=True):
-            info = file_of[name].tensors[name]
-            tensor = tensor.to(info.dtype)
-            file_of[name].write(name, tensor, source.span(tensor))
-            done += info.num_bytes
-        report(done)
+
+    def read(entry: Entry) -> list[tuple[str, Tensor, Span | None]]:
+        tensors = zip(entry.hf, source.read_hf(entry.name), strict=True)
+        converted = [(name, tensor.to(file_of[name].tensors[name].dtype)) for (name, _), tensor in tensors]
+        return [(name, tensor, source.span(tensor)) for name, tensor in converted]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        following = reader.submit(read, entries[0])
+        for entry in [*entries[1:], None]:
+            tensors = following.result()
+            if entry is not None:
+                following = reader.submit(read, entry)
+            for name, tensor, span in tensors:
+                file_of[name].write(name, tensor, span)
+            report(sum(tensor.numel() * tensor.itemsize for _, tensor, _ in tensors))
     for file in files:
         file.close()

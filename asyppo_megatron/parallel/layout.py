@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
+from asyppo_megatron.config import RoleConfig
+
 AXES = ("tp", "cp", "dp", "pp")  # fastest first: Megatron's default order
 
 
@@ -38,6 +40,10 @@ class ParallelLayout:
                 f"layout: got tp {self.tp} x pp {self.pp} x cp {self.cp} = {size} on {len(self.ranks)} ranks, "
                 "need a divisor; change the layout or the ranks"
             )
+
+    @classmethod
+    def of(cls, role: RoleConfig) -> ParallelLayout:
+        return cls(role.ranks, role.layout.tp, role.layout.pp, role.layout.cp)
 
     @property
     def dp(self) -> int:

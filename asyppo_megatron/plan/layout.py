@@ -41,7 +41,7 @@ def dry_run(config: Config, specs: dict[str, ModelSpec]) -> list[RoleDryRun]:
         errors = specs[name].layout_errors(role.layout, name)
         if errors:
             raise ValueError("; ".join(errors))
-        layout = ParallelLayout(role.ranks, role.layout.tp, role.layout.pp, role.layout.cp)
+        layout = ParallelLayout.of(role)
         groups = {axis: layout.groups(axis) for axis in AXES}
         for axis, partition in groups.items():
             if sorted(r for g in partition for r in g) != sorted(role.ranks):

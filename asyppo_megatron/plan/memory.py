@@ -140,7 +140,7 @@ def rank_memory(config: Config, specs: dict[str, ModelSpec]) -> list[RankMemory]
     """Every rank of the run with its roles."""
     ranks = [RankMemory(r) for r in range(config.num_ranks)]
     for name, role in config.roles().items():
-        layout = ParallelLayout(role.ranks, role.layout.tp, role.layout.pp, role.layout.cp)
+        layout = ParallelLayout.of(role)
         stages = [role_memory(config, name, role, specs[name], s) for s in range(role.layout.pp)]
         frozen = [
             _reference_memory(specs["reference"], role, s)

@@ -32,7 +32,7 @@ __all__ = [
 def build_verifier(config: RewardConfig) -> Verifier:
     """The verifier that `kind` names."""
     if config.kind == "exact":
-        return ExactMatch(config.answer_pattern)
+        return ExactMatch(config.answer_pattern, config.timeout_s)
     if config.kind == "code":
         return CodeReward(config)
     if config.kind == "function":

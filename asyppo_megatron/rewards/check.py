@@ -15,7 +15,7 @@ def reward_errors(config: Config) -> list[str]:
     for where, reward in config.rewards_by_place():
         try:
             if reward.kind == "exact":
-                ExactMatch(reward.answer_pattern)
+                ExactMatch(reward.answer_pattern, reward.timeout_s)
             if reward.kind == "code":
                 python = reward.sandbox.python
                 if python is not None and shutil.which(python) is None:

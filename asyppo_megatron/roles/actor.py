@@ -73,8 +73,8 @@ class Actor:
         labels = batch.labels()
         results = self.role.runner.forward(
             packs,
-            lambda out, pack: self.head.scores(out, pack, pack.gather(labels)),
-            lambda pack: self.head.expect_scores(pack, pack.gather(labels)),
+            lambda out, pack: self.head.scores(out, pack, labels),
+            lambda pack: self.head.expect_scores(pack, labels),
         )
         if not self.role.groups.is_output:
             return {}

@@ -43,7 +43,7 @@ class PolicyHead(Protocol):
     def expect_scores(self, pack: Pack, labels: torch.Tensor) -> None: ...
 
     def scores(self, out: torch.Tensor, pack: Pack, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logprobs and entropies of a pack's actions (labels i64 [t]), f32 [t] each."""
+        """Logprobs and entropies of a pack's actions, f32 [t] each; labels i64 [T] of the whole batch."""
 
     def expect_loss(self, pack: Pack, inputs: PackInputs) -> None: ...
 
@@ -61,6 +61,9 @@ class LogitsHead:
         pass
 
     def scores(self, out: torch.Tensor, pack: Pack, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._scores(out, pack, pack.gather(labels))
+
+    def _scores(self, out: torch.Tensor, pack: Pack, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = out.squeeze(0)
         shard = logits.size(-1)
         start = self.groups.at.tp * shard
@@ -79,7 +82,7 @@ class LogitsHead:
         pass
 
     def loss(self, out: torch.Tensor, pack: Pack, inputs: PackInputs) -> PackLoss:
-        logprobs, entropies = self.scores(out, pack, inputs.labels)
+        logprobs, entropies = self._scores(out, pack, inputs.labels)
         options = dict(inputs.options)
         if inputs.clip is not None:
             options["clip_low"], options["clip_high"] = inputs.clip(entropies.detach())
@@ -109,7 +112,7 @@ class FusedHead:
         self.layer, self.groups = layer, groups
 
     def expect_scores(self, pack: Pack, labels: torch.Tensor) -> None:
-        self._layer.task = ScoreTask(pack.local(labels))
+        self._layer.task = ScoreTask(pack.local(pack.gather(labels)))
 
     def scores(self, out: torch.Tensor, pack: Pack, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _whole(pack, *out.squeeze(0).unbind(-1))

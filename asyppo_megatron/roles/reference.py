@@ -43,8 +43,8 @@ class Reference:
         labels = batch.labels()
         results = self.runner.forward(
             packs,
-            lambda out, pack: self.head.scores(out, pack, pack.gather(labels))[0],
-            lambda pack: self.head.expect_scores(pack, pack.gather(labels)),
+            lambda out, pack: self.head.scores(out, pack, labels)[0],
+            lambda pack: self.head.expect_scores(pack, labels),
         )
         if not self.groups.is_output:
             return {}

@@ -47,11 +47,18 @@ def warm_up(verifier):
     ],
 )
 def test_exact_match_compares_the_last_marked_answer(text, reward):
-    assert ExactMatch(RewardConfig(kind="exact").answer_pattern).score_many([(text, " 6 ")]) == [Verdict(reward)]
+    assert ExactMatch(RewardConfig(kind="exact").answer_pattern, 1.0).score_many([(text, " 6 ")]) == [Verdict(reward)]
 
 
 def test_exact_match_reads_only_the_end_of_a_response():
-    assert ExactMatch("#(.)").score_many([("#6" + "x" * 2000, "6"), ("x" * 5000 + "#6", "6")]) == [WRONG, RIGHT]
+    assert ExactMatch("#(.)", 1.0).score_many([("#6" + "x" * 2000, "6"), ("x" * 5000 + "#6", "6")]) == [WRONG, RIGHT]
+
+
+def test_exact_match_gives_up_where_a_text_makes_the_pattern_explode():
+    explosive = ExactMatch(r"(a+)+$", 0.2)
+    started = time.monotonic()
+    assert explosive.score_many([("a" * 1000 + "b", "a"), ("a", "a")]) == [TIMEOUT, RIGHT]
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "is no regular expression"), ("#6", "need a group")])

@@ -39,7 +39,10 @@ def reward_set() -> RewardSet:
     whole = RewardConfig(name="whole", kind="function", function="m:f", weight=0.5)
     step = RewardConfig(name="step", kind="function", function="m:f", per="step", step_separator=";", weight=10.0)
     token = RewardConfig(name="token", kind="function", function="m:f", per="token", weight=-1.0)
-    verifiers = [(exact, ExactMatch(exact.answer_pattern)), *((c, LastDigits()) for c in (whole, step, token))]
+    verifiers = [
+        (exact, ExactMatch(exact.answer_pattern, exact.timeout_s)),
+        *((c, LastDigits()) for c in (whole, step, token)),
+    ]
     return RewardSet(verifiers, build_tokenizer())
 
 
