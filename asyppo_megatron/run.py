@@ -31,7 +31,8 @@ from asyppo_megatron.rollout.source import DriverSource
 from asyppo_megatron.weight_sync.devices import engine_gpus
 from asyppo_megatron.weight_sync.disk import choose_directory, push_to_directory, version_directory
 from asyppo_megatron.weight_sync.engines import EngineTarget
-from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
+from asyppo_megatron.weight_sync.orders import SyncOptions
+from asyppo_megatron.weight_sync.push import EngineSync
 from asyppo_megatron.world import World
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,23 @@ class Run:
         else:
             self._push_to_driver(policy_version)
 
+    def push_again(self, policy_version: int) -> None:
+        """The version that engines have lost, while the ranks wait for a batch: the actor still has it.
+
+        Colocated engines leave room for the actor's weights, as at the first push.
+        """
+        with self.timer.phase("weight_sync"):
+            if self.is_colocated and "actor" in self.movers:
+                self.movers["actor"][0].reload(["weights"])
+            self.push(policy_version)
+
     def _push_to_engines(self, policy_version: int) -> None:
         """The actor's ranks bring them; rank 0 tells the driver before and after."""
         rank = dist.get_rank()
         self._move_out(but_actor_weights=True)
         if rank == 0:
-            self.world.store.set(_engines_key(policy_version), json.dumps(self.source.begin_update()))
+            urls = self.source.begin_update(policy_version)
+            self.world.store.set(_engines_key(policy_version), json.dumps(urls))
         if self.engines is not None:
             actor = self.world.actor
             assert actor is not None
@@ -87,7 +99,7 @@ class Run:
             on_disk = self.config.weight_sync.transport == "disk"
             path = version_directory(self.weights_dir, policy_version) if on_disk else None
             self.source.end_update(policy_version, path)
-            self.world.store.delete_key(_engines_key(policy_version - 1))
+            self.world.store.delete_key(_engines_key(policy_version))  # the version may be pushed again
 
     @property
     def is_colocated(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +101,17 @@ def _train(task: SupervisedTask, role: Role, examples: Sequence[Example], seed: 
             labels: torch.Tensor = labels,
             count: torch.Tensor = count,
         ) -> tuple[torch.Tensor, Any]:
-            logprobs, _ = head.scores(out, pack, pack.gather(labels))
+            logprobs, _ = head.scores(out, pack, labels)
             total = -torch.where(pack.gather(batch.loss_mask), logprobs, 0).sum() / count
             return total, total.detach()
 
         parts = role.accumulate(role.runner.packs(batch, everything), loss)
         norm, _ = role.step()
-        if role.groups.is_lead and (step % _LOG_EVERY == 0 or step + 1 == task.steps):
-            logger.info("%s step %d: loss %.4f, gradient norm %.3f", task.name, step, float(sum(parts)), norm)
+        if role.groups.is_last_stage and (step % _LOG_EVERY == 0 or step + 1 == task.steps):
+            whole = torch.stack(parts).sum()
+            dist.all_reduce(whole, group=role.groups.collection.dp)
+            if role.groups.is_lead:
+                logger.info("%s step %d: loss %.4f, gradient norm %.3f", task.name, step, whole.item(), norm)
 
 
 def supervised_batch(examples: Sequence[Example], step: int, device: torch.device) -> PackedBatch:
@@ -130,7 +133,8 @@ def supervised_batch(examples: Sequence[Example], step: int, device: torch.devic
         ],
         step,
     )
-    tensors = {name: torch.from_numpy(a) for name, a in arrays.items() if name != "versions"}
+    names = arrays.keys() & {f.name for f in fields(PackedBatch)}  # the arrays also say which weights generated what
+    tensors = {name: torch.from_numpy(arrays[name]) for name in names}
     return PackedBatch(
         step=step,
         policy_version=0,

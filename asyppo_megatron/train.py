@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def train(run: Run, first_step: int) -> bool:
         with run.timer.phase("checkpoint"):
             run.checkpoints.finish(wait=False)  # only now that the metrics of its step are logged
         with run.timer.phase("rollouts", deadline_s=config.rollout.timeout_s + config.collective_timeout_s):
-            batch = source.next_batch(step)
+            batch = source.next_batch(step, partial(run.push_again, step))
             run.take_devices(step)
         if batch is None:  # the weights are those of the step before: nothing of this one is lost but time
             save_if_new(run, step)

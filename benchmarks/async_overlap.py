@@ -4,7 +4,7 @@
 
 Runs the demo (its base models are made first where they are missing) with one rank that holds the actor and both
 critics, and the embedded engine in the driver: two processes that compute, so they want two idle cores. Per step, means
-over the steps after the first three:
+over the steps after the first three but the last, beside which nothing is generated any more:
 
     generation   seconds that the synchronous run's batches took to generate and verify
     training     seconds of its steps without the wait for rollouts
@@ -30,6 +30,7 @@ from machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
+BAR, SIMILAR = 1.15, 1.5
 LAYOUT = [
     "actor.ranks=0",
     "actor.layout.tp=1",
@@ -42,11 +43,11 @@ LAYOUT = [
 
 
 def run(run_dir: Path, steps: int, overrides: list[str]) -> list[dict[str, Any]]:
-    """Rows of the steps after the warm-up."""
+    """Rows of the steps between the warm-up and the last."""
     command = [sys.executable, "-m", "asyppo_megatron", "demo", f"run_dir={run_dir}", f"num_steps={steps}"]
     subprocess.run([*command, *LAYOUT, *overrides], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=3600)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["step"] > WARM_UP]
+    return [row for row in rows if WARM_UP < row["step"] < steps]
 
 
 def mean(rows: list[dict[str, Any]], value: Any) -> float:
@@ -80,13 +81,17 @@ def main() -> None:
         "longer_to_shorter": max(generation, training) / min(generation, training),
         "staleness_mean": mean(runs[1], lambda r: r["staleness/mean"]),
         "load_before": load,
-        "steps": arguments.steps - WARM_UP,
+        "steps": len(runs[1]),
         "overrides": arguments.overrides,
         "machine": describe_machine(),
     }
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name:<28}{value:.3f}")
+    verdict = "met" if result["step_1_to_longer"] <= BAR else "missed"
+    if result["longer_to_shorter"] > SIMILAR:
+        verdict = "does not apply: bring generation and training nearer to each other by overrides"
+    print(f"bar: step_1_to_longer <= {BAR} where longer_to_shorter <= {SIMILAR}: {verdict}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -37,6 +37,7 @@ from asyppo_megatron.rollout.engine import write_weights_manifest
 
 VOCABULARY = 20
 GROUP = 32
+BAR_CPU_S, BAR_GB = 30, 4
 DISTINCT = 8  # different replies; building 2,048 would measure the replay server
 
 
@@ -181,6 +182,8 @@ def main() -> None:
     for name, value in result.items():
         if isinstance(value, int | float):
             print(f"{name:<24}{value:.3f}")
+    is_met = result["rank0_cpu_s"] <= BAR_CPU_S and result["rank0_peak_gib"] * 2**30 <= BAR_GB * 1e9
+    print(f"bar: rank 0 <= {BAR_CPU_S} CPU-s and {BAR_GB} GB: {'met' if is_met else 'missed'}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

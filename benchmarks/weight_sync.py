@@ -1,8 +1,13 @@
 """What a weight sync costs beside a plain copy over the same transport: bytes, seconds per GiB, extra memory.
 
-On a CPU: a random Qwen3 of 0.6B shapes on tp x pp gloo ranks sends its buckets to a receiver process that joins the
-update group as an engine does (bar: at least 70 % of a plain gloo broadcast in pieces of the same size, without
-checksums). The way through shared memory and a whole sync into an SGLang server are not measured here yet.
+    python benchmarks/weight_sync.py [--shape 0.6b] [--tp 1] [--pp 1] [--bucket-mb 64] [--no-engine] [--out FILE]
+
+On a CPU, of a random Qwen3 on tp x pp gloo ranks:
+- wire: a push's stream of buckets to a receiver process that joins the update group as an engine does, without
+  checksums; beside it, alternating, a plain gloo broadcast of the same bytes to the same receiver in pieces of
+  `--bucket-mb` that lie ready (bar: at least 70 % of its speed);
+- end to end: whole syncs into a real SGLang server of that shape, over `collective` and `ipc`, where there is SGLang.
+
 On a GPU: the shapes of `--shape` on one GPU; a receiver process opens the CUDA IPC handles of every bucket and copies
 the tensors into its own weights, as an engine would (bar for 14B: under 2 s).
 """
@@ -10,6 +15,7 @@ the tensors into its own weights, as an engine would (bar for 14B: under 2 s).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,6 +23,7 @@ import socket
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -88,14 +95,13 @@ def build(directory: Path, tp: int, pp: int, device: torch.device) -> tuple[Any,
 # --- CPU: gloo ranks and a receiver
 
 
-def receiver(store_port: int, stages: int, base: Any, pipe: Connection) -> None:
-    """Takes what an engine would take: joins every stage's group and receives bucket after bucket."""
+def receiver(store_port: int, stages: int, room: int, pipe: Connection) -> None:
+    """Takes what an engine would take: joins every stage's group and receives piece after piece into one buffer."""
     from asyppo_megatron.weight_sync.groups import broadcast, join
 
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=LIMIT)
     groups = [join("gloo", dist.PrefixStore(f"s{s}", store), 2, f"s{s}", LIMIT, 1) for s in range(stages)]
-    buffer = torch.empty(base, dtype=torch.uint8)
-    buffer.fill_(0)
+    buffer = torch.ones(room, dtype=torch.uint8)  # written once: floor and wire meet the same memory
     while (order := pipe.recv()) is not None:
         for stage, size in order:
             broadcast(groups[stage], buffer[:size])
@@ -103,75 +109,116 @@ def receiver(store_port: int, stages: int, base: Any, pipe: Connection) -> None:
     os._exit(0)
 
 
-def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    from asyppo_megatron.weight_sync.buckets import BucketStream
-    from asyppo_megatron.weight_sync.collective import Turns
-    from asyppo_megatron.weight_sync.groups import broadcast, join
+class GlooRank:
+    """One rank of the actor, and what it does on demand."""
 
-    world = args.tp * args.pp
-    store = dist.TCPStore("127.0.0.1", ports[0], is_master=False, timeout=LIMIT)
-    dist.init_process_group("gloo", store=dist.PrefixStore("w", store), rank=rank, world_size=world, timeout=LIMIT)
-    model, spec, groups = build(directory, args.tp, args.pp, torch.device("cpu"))
-    at = groups.at
-    sends = at.tp == 0
-    engine = dist.TCPStore("127.0.0.1", ports[1], is_master=False, timeout=LIMIT)
-    name = f"s{at.pp}"
-    group = join("gloo", dist.PrefixStore(name, engine), 2, name, LIMIT) if sends else None
-    peak = _resident()
+    def __init__(self, rank: int, ports: tuple[int, int], directory: Path, args: Any):
+        from asyppo_megatron.weight_sync.buckets import KeptBuffers
+        from asyppo_megatron.weight_sync.groups import join
 
-    def stream() -> Any:
+        self.args, self.count, self.syncs = args, 0, {}
+        store = dist.TCPStore("127.0.0.1", ports[0], is_master=False, timeout=LIMIT)
+        world = {"rank": rank, "world_size": args.tp * args.pp, "timeout": LIMIT}
+        dist.init_process_group("gloo", store=dist.PrefixStore("w", store), **world)
+        self.store = dist.PrefixStore("b", store)
+        self.model, self.spec, self.groups = build(directory, args.tp, args.pp, torch.device("cpu"))
+        self.stage, self.sends = self.groups.at.pp, self.groups.at.tp == 0
+        engine = dist.TCPStore("127.0.0.1", ports[1], is_master=False, timeout=LIMIT)
+        name = f"s{self.stage}"
+        self.group = join("gloo", dist.PrefixStore(name, engine), 2, name, LIMIT) if self.sends else None
+        self.buffers = KeptBuffers(lambda n: torch.empty(n, dtype=torch.uint8))
+        self.piece = torch.ones(args.bucket_mb << 20 if self.sends else 0, dtype=torch.uint8)
+        self.pool = ThreadPoolExecutor(1)
+        self.before = _resident()
+
+    def stream(self) -> Any:
+        from asyppo_megatron.weight_sync.buckets import BucketStream
+
+        self.buffers.release()
         return BucketStream(
-            model, spec, tp_group=groups.collection.tp, dtype=None, bucket_bytes=args.bucket_mb << 20,
-            allocate=lambda n: torch.empty(n, dtype=torch.uint8),
+            self.model, self.spec, tp_group=self.groups.collection.tp, dtype=None,
+            bucket_bytes=self.args.bucket_mb << 20, allocate=self.buffers,
         )  # fmt: skip
 
-    from concurrent.futures import ThreadPoolExecutor
+    def plan(self) -> list[int]:
+        return [p.num_bytes for p in self.stream().plans] if self.sends else []
 
-    pool = ThreadPoolExecutor(1)
-    count = 0
-    while (order := pipe.recv()) is not None:
-        count += 1
-        if order == "plan":
-            pipe.send([p.num_bytes for p in stream().plans] if sends else [])
-            continue
+    def floor(self, pieces: list[tuple[int, int]]) -> dict[str, float]:
+        """The same bytes in equal pieces that lie ready, one stage after the other."""
+        from asyppo_megatron.weight_sync.groups import broadcast
+
+        self.count += 1
         dist.barrier()
-        began = time.perf_counter()
-        source = stream()
-        if order == "sync":
-            counts = [0] * args.pp
-            if sends:
-                store.set(f"count/{count}/{at.pp}", str(len(source.plans)))
-                counts = [int(store.get(f"count/{count}/{s}")) for s in range(args.pp)]
-            turns = Turns(store, f"turn/{count}", counts, 0) if sends else None
-            for index, bucket in enumerate(source):
-                if bucket is not None:
-                    bucket.busy.append(pool.submit(_send, turns, index, at.pp, bucket.flat, group))
-        elif sends:  # the floor: the same pieces, already flat, from one sender after the other
-            flats = source.buffers
-            for b in flats:
-                b.fill_(1)
-            for stage in range(args.pp):
-                if stage == at.pp:
-                    began = time.perf_counter()
-                    for index, plan in enumerate(source.plans):
-                        broadcast(group, flats[index % len(flats)][: plan.num_bytes])
-                    store.set(f"floor/{count}/{stage}", "1")
-                else:
-                    store.wait([f"floor/{count}/{stage}"])
+        began, cpu = time.perf_counter(), time.process_time()
+        for number, (stage, size) in enumerate(pieces):
+            if number and pieces[number - 1][0] != stage:
+                self.store.wait([f"floor/{self.count}/{pieces[number - 1][0]}"])
+                began = time.perf_counter() if stage == self.stage else began
+            if stage == self.stage and self.sends:
+                broadcast(self.group, self.piece[:size])
+                if number + 1 == len(pieces) or pieces[number + 1][0] != stage:
+                    self.store.set(f"floor/{self.count}/{stage}", "1")
+                    return {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+        return {"seconds": 0.0, "cpu": 0.0}
+
+    def wire(self) -> dict[str, float]:
+        """A push's stream, from its planning to its last byte; without protocol and checksums."""
+        from asyppo_megatron.weight_sync.collective import Turns
+
+        self.count += 1
+        dist.barrier()
+        began, cpu = time.perf_counter(), time.process_time()
+        sent: list[float] = []
+        source = self.stream()
+        counts = [0] * self.args.pp
+        if self.sends:
+            self.store.set(f"count/{self.count}/{self.stage}", str(len(source.plans)))
+            counts = [int(self.store.get(f"count/{self.count}/{s}")) for s in range(self.args.pp)]
+        turns = Turns(self.store, f"turn/{self.count}", counts, 0) if self.sends else None
+        planned = time.perf_counter() - began
+        for index, bucket in enumerate(source):
+            if bucket is not None:
+                bucket.busy.append(self.pool.submit(self._send, turns, index, bucket.flat, sent))
         seconds = time.perf_counter() - began
-        moved = source.num_bytes if sends else 0
-        pipe.send({"seconds": seconds, "extra": max(_resident() - peak, 0), "bytes": moved})
-        source = bucket = flats = None  # their buffers go before the next round's come
+        moved = source.num_bytes if self.sends else 0
+        extra = max(_resident() - self.before, 0)
+        phases = {"planning": planned, "sending": sum(sent), "cpu": time.process_time() - cpu}
+        return {"seconds": seconds, "extra": extra, "bytes": moved} | phases
+
+    def _send(self, turns: Any, index: int, flat: torch.Tensor, sent: list[float]) -> None:
+        from asyppo_megatron.weight_sync.groups import broadcast
+
+        turns.wait(index, self.stage)
+        began = time.perf_counter()
+        broadcast(self.group, flat)
+        sent.append(time.perf_counter() - began)
+        turns.done(index, self.stage)
+
+    def push(self, url: str, transport: str, version: int) -> dict[str, Any]:
+        """A whole sync into a real engine."""
+        from asyppo_megatron.weight_sync.engines import EngineTarget
+        from asyppo_megatron.weight_sync.orders import SyncOptions
+        from asyppo_megatron.weight_sync.push import EngineSync
+
+        if transport not in self.syncs:
+            options = SyncOptions(transport, self.args.bucket_mb << 20, "off", LIMIT.total_seconds())
+            self.syncs[transport] = EngineSync(
+                self.groups, self.spec, self.store, torch.device("cpu"), options,
+                targets=lambda _: [EngineTarget(url)], name=f"benchmark-{transport}",
+            )  # fmt: skip
+        return self.syncs[transport].push(self.model, version)
+
+
+def rank_main(rank: int, ports: tuple[int, int], directory: Path, args: Any, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as the product's ranks have it, and engines do not
+    here = GlooRank(rank, ports, directory, args)
+    while (order := pipe.recv()) is not None:
+        what, *given = order
+        pipe.send(getattr(here, what)(*given))
+    for sync in here.syncs.values():
+        sync.close()
     os._exit(0)
-
-
-def _send(turns: Any, index: int, stage: int, flat: torch.Tensor, group: Any) -> None:
-    from asyppo_megatron.weight_sync.groups import broadcast
-
-    turns.wait(index, stage)
-    broadcast(group, flat)
-    turns.done(index, stage)
 
 
 def _resident() -> int:
@@ -197,47 +244,117 @@ def cpu(args: Any, directory: Path) -> dict[str, Any]:
     for process in processes:
         process.start()
 
-    def everywhere(order: Any) -> list[Any]:
+    def everywhere(*order: Any) -> list[Any]:
         for pipe in pipes:
             pipe.send(order)
         return [_answer(pipe) for pipe in pipes]
 
-    plans = [p for p in everywhere("plan") if p]
-    in_turns = [(s, plans[s][k]) for k in range(max(map(len, plans))) for s in range(args.pp) if k < len(plans[s])]
-    one_by_one = [(s, size) for s in range(args.pp) for size in plans[s]]
-    rows: dict[str, list[float]] = {"sync": [], "floor": []}
-    extra = total = 0
-    for _ in range(args.repeats):
-        for kind, order in (("floor", one_by_one), ("sync", in_turns)):  # alternating: both see the same machine
-            ours.send(order)
-            results = everywhere(kind)
-            _answer(ours)
-            total = sum(r["bytes"] for r in results)
-            # The floor's stages follow each other and are timed one by one.
-            both = [r["seconds"] for r in results if r["bytes"]]
-            rows[kind].append(sum(both) if kind == "floor" else max(r["seconds"] for r in results))
-            if kind == "sync":
-                extra = max(extra, *(r["extra"] for r in results))
-    for pipe in [*pipes, ours]:
+    row = _wire_and_floor(args, everywhere, ours)
+    ours.send(None)
+    if args.engine:
+        row["engine"] = _engine(args, directory, everywhere, row["model_gib"])
+    for pipe in pipes:
         pipe.send(None)
     for process in processes:
         process.join(20)
-    gib = total / GIB
-    per_gib = {kind: statistics.median(values) / gib for kind, values in rows.items()}
+    return row
+
+
+def _wire_and_floor(args: Any, everywhere: Any, receives: Connection) -> dict[str, Any]:
+    """Both, alternating in one run with the same receiver: the first round of each warms up and does not count."""
+    plans = [p for p in everywhere("plan") if p]
+    in_turns = [(s, plans[s][k]) for k in range(max(map(len, plans))) for s in range(args.pp) if k < len(plans[s])]
+    size = args.bucket_mb << 20
+    pieces = [(s, min(size, sum(p) - at)) for s, p in enumerate(plans) for at in range(0, sum(p), size)]
+    rows: dict[str, list[float]] = {"wire": [], "floor": []}
+    phases: dict[str, list[float]] = {"planning": [], "sending": [], "cpu": []}
+    floor_cpu: list[float] = []
+    extra = 0
+    for _ in range(args.repeats + 1):
+        receives.send(pieces)
+        results = everywhere("floor", pieces)
+        _answer(receives)
+        rows["floor"].append(sum(r["seconds"] for r in results))
+        floor_cpu.append(sum(r["cpu"] for r in results))
+        receives.send(in_turns)
+        results = everywhere("wire")
+        _answer(receives)
+        rows["wire"].append(max(r["seconds"] for r in results))
+        for name, values in phases.items():
+            values.append(sum(r[name] for r in results))
+        extra = max(extra, *(r["extra"] for r in results))
+    gib = sum(map(sum, plans)) / GIB
+    per_gib = {kind: statistics.median(values[1:]) / gib for kind, values in rows.items()}
     return {
         "transport": "gloo",
         "model_gib": gib,
-        "bytes_moved_per_model_byte": 1.0,
-        "seconds_per_gib": per_gib["sync"],
+        "bytes_moved_per_model_byte": sum(r["bytes"] for r in results) / GIB / gib,
+        "seconds_per_gib": per_gib["wire"],
         "plain_broadcast_seconds_per_gib": per_gib["floor"],
-        "fraction_of_floor": per_gib["floor"] / per_gib["sync"],
-        "best_fraction": min(rows["floor"]) / min(rows["sync"]),
+        "fraction_of_floor": per_gib["floor"] / per_gib["wire"],
+        "best_fraction": min(rows["floor"][1:]) / min(rows["wire"][1:]),
+        "first_seconds": rows["wire"][0],
+        # Of the senders; what sending costs beyond the floor's CPU is gathering.
+        "phase_seconds": {name: statistics.median(values[1:]) for name, values in phases.items()},
+        "floor_cpu_seconds": statistics.median(floor_cpu[1:]),
         "extra_memory_mib": extra / 2**20,
         "bucket_mib": args.bucket_mb,
+        "buckets": sum(map(len, plans)),
         "tp": args.tp,
         "pp": args.pp,
         "runs": rows,
     }
+
+
+def _engine(args: Any, directory: Path, everywhere: Any, gib: float) -> dict[str, Any]:
+    """Whole syncs into a real SGLang server with random weights of the same shape, from pause to continue."""
+    from asyppo_megatron.config import build_config
+    from asyppo_megatron.launch.engine_command import engine_command
+    from asyppo_megatron.launch.engine_process import EngineProcess, free_port, server_info
+
+    sglang = {"max_total_tokens": 2048, "max_concurrency": 4, "mem_fraction": 0.5, "dtype": "bfloat16"}
+    sglang["extra_args"] = ["--load-format", "dummy", "--skip-tokenizer-init"]
+    rollout = {"engine": "sglang", "max_prompt_tokens": 256, "max_response_tokens": 256, "sglang": sglang}
+    tree = {
+        "run_dir": str(directory / "run"),
+        "actor": {"model": str(directory), "precision": "fp32"},
+        "ppo": {"advantage": "grpo", "advantage_mask_fraction": 0, "entropy_mask_fraction": 0},
+        "data": {"train": "unused.jsonl"},
+        "rollout": rollout,
+    }
+    stand_in = Path(__file__).resolve().parents[1] / "tests" / "engines" / "stand_in"  # of SGLang's CPU kernels
+    path = os.pathsep.join(filter(None, [str(stand_in), os.environ.get("PYTHONPATH", "")]))
+    port = free_port("127.0.0.1")
+    command = engine_command(build_config(tree), 0, port, 0, {**os.environ, "PYTHONPATH": path})
+    server = EngineProcess(command, f"http://127.0.0.1:{port}", directory / "engine.log")
+    try:
+        _wait_until_ready(server, server_info)
+        seconds: dict[str, list[float]] = {"collective": [], "ipc": []}
+        for number in range(args.repeats + 1):
+            for offset, transport in enumerate(seconds):
+                done = everywhere("push", server.url, transport, 2 * number + offset)[0]
+                if done["engines"] != [server.url]:
+                    raise RuntimeError(f"{transport}: the engine got nothing: {done}\n{server.log_tail()}")
+                seconds[transport].append(done["seconds"])
+    finally:
+        server.close()
+    return {
+        name: {"seconds": statistics.median(values[1:]), "seconds_per_gib": statistics.median(values[1:]) / gib}
+        | {"runs": values}
+        for name, values in seconds.items()
+    }
+
+
+def _wait_until_ready(server: Any, server_info: Any) -> None:
+    deadline = time.monotonic() + LIMIT.total_seconds()
+    while True:
+        try:
+            server_info(server.url, 60)
+            return
+        except OSError as e:
+            if server.exit_code() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the engine did not start: {e}\n{server.log_tail()}") from e
+        time.sleep(0.5)
 
 
 def _answer(pipe: Connection) -> Any:
@@ -266,8 +383,6 @@ def open_handles(pipe: Connection) -> None:
 
 
 def gpu(args: Any, directory: Path) -> dict[str, Any]:
-    from concurrent.futures import ThreadPoolExecutor
-
     import torch.multiprocessing as mp
 
     from asyppo_megatron.weight_sync.buckets import BucketStream
@@ -345,6 +460,10 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--engine", action=argparse.BooleanOptionalAction, default=importlib.util.find_spec("sglang") is not None,
+        help="end to end with a real SGLang server (CPU only)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/weight_sync.json"))
     args = parser.parse_args()
     has_gpu = torch.cuda.is_available()
@@ -362,6 +481,8 @@ def main() -> None:
             f"{100 * row['fraction_of_floor']:.0f} %, extra memory {row['extra_memory_mib']:.0f} MiB",
             flush=True,
         )
+        for name, item in row.get("engine", {}).items():
+            print(f"  into SGLang, {name}: {item['seconds']:.2f} s, {item['seconds_per_gib']:.3f} s/GiB", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": describe_machine(with_gpu=has_gpu), "rows": rows}, indent=2) + "\n")
 

@@ -113,6 +113,8 @@ def _environment(
         kept["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
             str(cores[(first + rank) % len(cores)]) for rank in range(engines.tp)
         )
+        # A CUDA build of torch brings NCCL, which SGLang would take for ranks that have no GPU.
+        kept["SGLANG_NCCL_SO_PATH"] = "none"
     return kept
 
 

@@ -33,7 +33,11 @@ class RolloutError(RunError):
 
 
 class DriverClient:
-    """Calls of the driver's commands, one at a time. Every call ends: with an answer or a `RolloutError`."""
+    """Calls of the driver's commands, one at a time. Every call ends: with an answer or a `RolloutError`.
+
+    Attributes:
+        needs_weights: at the last `wait` there were engines that had lost the current weights.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class DriverClient:
     ):
         """Connect, waiting up to `timeout_s` for the socket to appear while `is_alive` says the driver lives."""
         self._log = f"; see {log_path}" if log_path else ""
+        self.needs_weights = False
         self._socket: socket.socket | None = None
         self._buffer = b""
         deadline = time.monotonic() + timeout_s
@@ -68,9 +73,9 @@ class DriverClient:
     def load_weights(self, path: Path, policy_version: int, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._call("load_weights", timeout_s, path=str(path), policy_version=policy_version)
 
-    def begin_update(self, timeout_s: float = CALL_TIMEOUT_S) -> list[str]:
+    def begin_update(self, policy_version: int, timeout_s: float = CALL_TIMEOUT_S) -> list[str]:
         """Tell the driver that the ranks bring weights to the engines; the engines' URLs."""
-        return self._call("begin_update", timeout_s)["urls"]
+        return self._call("begin_update", timeout_s, policy_version=policy_version)["urls"]
 
     def end_update(self, policy_version: int, path: Path | None, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._call("end_update", timeout_s, policy_version=policy_version, path=str(path) if path else None)
@@ -80,7 +85,7 @@ class DriverClient:
         return self._call("start", ANSWER_TIMEOUT_S, step=step, policy_version=policy_version)["replayed"]
 
     def wait(self, step: int, timeout_s: float) -> bool:
-        """Whether the step is in the journal, after at most `timeout_s`.
+        """Whether the step is in the journal, after at most `timeout_s`; sets `needs_weights`.
 
         Raises:
             RolloutError: generation failed, or the driver died.
@@ -88,6 +93,7 @@ class DriverClient:
         answer = self._call("wait", timeout_s + ANSWER_TIMEOUT_S, step=step, timeout_s=timeout_s)
         if "error" in answer:
             raise RolloutError(f"rollout driver: {answer['error']}{self._log}")
+        self.needs_weights = answer.get("needs_weights", False)
         return answer["ready"]
 
     def evaluate(self, step: int, sets: list[str] | None = None, timeout_s: float = 3600.0) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What the rollout driver does: it generates, verifies and journals while the ranks train.
 
-It runs in a process of its own (`server.py`). One thread answers commands, one uses the engine: generation and
-evaluation, in the order asked for.
+It runs in a process of its own (`server.py`). One thread answers commands; what uses the engine, a wave of generation
+or an evaluation, runs in another: one after the other with the embedded engine, side by side with servers.
 """
 
 from __future__ import annotations
@@ -144,9 +144,12 @@ class RolloutDriver:
         self._engine.load_weights(Path(path), policy_version)
         return {"seconds": time.monotonic() - start}
 
-    def begin_update(self) -> dict[str, Any]:
-        """The ranks are about to bring weights to the engines themselves; which engines there are."""
-        if not self._config.rollout.max_staleness:
+    def begin_update(self, policy_version: int) -> dict[str, Any]:
+        """The ranks are about to bring weights to the engines themselves; which engines there are.
+
+        The version that is there already may be brought again at any time, for engines that have lost it.
+        """
+        if not self._config.rollout.max_staleness and policy_version != self._engine.policy_version:
             self._require_idle("begin_update")
         return {"urls": self._engine.begin_update()}
 
@@ -188,7 +191,10 @@ class RolloutDriver:
             return {"replayed": self._next > step}
 
     def wait(self, step: int, timeout_s: float) -> dict[str, Any]:
-        """Whether the step is in the journal, after at most `timeout_s`; with `error` when it never will be."""
+        """Whether the step is in the journal, after at most `timeout_s`; with `error` when it never will be.
+
+        Otherwise also whether engines wait for the current weights to be brought once more.
+        """
         with self._changed:
             if step != self._wanted or self._next is None:
                 raise ValueError(f"wait: got step {step}, but step {self._wanted} was started")
@@ -197,7 +203,7 @@ class RolloutDriver:
                 return {"ready": True}
             if self._failure is not None:
                 return {"ready": False, "error": f"rollouts of step {step}: {self._failure}"}
-            return {"ready": False}
+            return {"ready": False, "needs_weights": self._engine.needs_weights}
 
     def evaluate(self, step: int, sets: list[str] | None = None) -> dict[str, Any]:
         """Evaluate the loaded weights; with the embedded engine after the generation under way."""

@@ -98,6 +98,10 @@ class EmbeddedEngine:
     def policy_version(self) -> int | None:
         return self._version
 
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
     def pause(self) -> None:
         if not self._is_paused:
             self._gate.hold()

@@ -77,6 +77,10 @@ class Engine(Protocol):
     def policy_version(self) -> int | None:
         """Version of the loaded weights; None when there are none."""
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether servers have lost the weights that another transport had brought, and wait for them."""
+
     def load_weights(self, path: Path, policy_version: int) -> None:
         """Take the weights of a directory with a manifest (`write_weights_manifest`)."""
 

@@ -72,6 +72,10 @@ class SGLangEngine:
     def policy_version(self) -> int | None:
         return self._version
 
+    @property
+    def needs_weights(self) -> bool:
+        return self._pool.needs_weights
+
     def load_weights(self, path: Path, policy_version: int) -> None:
         """Have every server take the weights of a directory that it can read; responses under way go on with them.
 

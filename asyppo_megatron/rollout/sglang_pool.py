@@ -61,6 +61,13 @@ class ServerPool:
     def ready(self) -> list[Server]:
         return [s for s in self._servers.values() if s.is_ready]
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a server came back without the current weights, and only another weight sync can bring them."""
+        if self._weights is None or self._weights[0] is not None:
+            return False
+        return any(s.lacks_weights for s in list(self._servers.values()))  # a copy: the loop may change it meanwhile
+
     async def start(self) -> None:
         self._watch = asyncio.create_task(self._watch_servers())
 
@@ -177,10 +184,12 @@ class ServerPool:
         await self._tell()  # only now that it takes requests again
 
     async def _bring_alone(self, server: Server, path: Path | None, version: int) -> None:
+        server.lacks_weights = False
         try:
             if path is not None:
                 await self._update(server, path, version)
             elif (found := await self._held(server)) != str(version):
+                server.lacks_weights = True
                 raise EngineFault(f"holds weights {found!r}, need {version}; they come with the next weight sync")
         except (EngineFault, ValueError) as e:
             if server.reason != str(e):

@@ -41,6 +41,7 @@ class Server:
         is_ready: it holds the current weights and answers.
         reason: why not.
         version: of the weights it was given by this driver; None when unknown.
+        lacks_weights: it answers, but has other weights than the current ones, which lie in no directory.
         in_flight: requests sent to it or about to be.
         not_before: monotonic time before which nothing is sent, after it failed.
         failures: in a row.
@@ -55,6 +56,7 @@ class Server:
     is_ready: bool = False
     reason: str = "not reached yet"
     version: int | None = None
+    lacks_weights: bool = False
     in_flight: int = 0
     not_before: float = 0.0
     failures: int = 0

@@ -83,7 +83,9 @@ class Bucket:
 def plan_buckets(
     entries: Sequence[Entry], dtypes: Sequence[torch.dtype], *, bucket_bytes: int, tp: int
 ) -> list[BucketPlan]:
-    """Entries in order, cut into buckets of one dtype.
+    """Entries in order, cut into buckets of one dtype; those that are larger than a bucket come last.
+
+    The first bucket is gathered before anything is sent: that should not be the embedding.
 
     Args:
         entries: of the stage.
@@ -108,7 +110,7 @@ def plan_buckets(
         taken.append((entry, dtype))
         cost += size
     close()
-    return plans
+    return sorted(plans, key=lambda plan: plan.num_bytes + plan.work_bytes > bucket_bytes)  # stable
 
 
 def _size(entry: Entry, dtype: torch.dtype) -> int:
@@ -130,11 +132,36 @@ def _plan(taken: Sequence[tuple[Entry, torch.dtype]], tp: int) -> BucketPlan:
     return BucketPlan(tuple(rows), offset, sum(_work(e, d, tp) for e, d in taken))
 
 
+class KeptBuffers:
+    """Buffers that stay from push to push. On a CPU the pages of fresh ones cost as much time as sending them.
+
+    Args:
+        allocate: makes a buffer of so many bytes.
+    """
+
+    def __init__(self, allocate: Allocate):
+        self._allocate = allocate
+        self._held: list[Tensor] = []
+        self._taken = 0
+
+    def release(self) -> None:
+        """The last push is over: the next one may have its buffers."""
+        self._taken = 0
+
+    def __call__(self, num_bytes: int) -> Tensor:
+        number, self._taken = self._taken, self._taken + 1
+        if number == len(self._held):
+            self._held.append(self._allocate(num_bytes))
+        elif self._held[number].numel() != num_bytes:
+            self._held[number] = self._allocate(num_bytes)
+        return self._held[number]
+
+
 class BucketStream:
     """The buckets of one pipeline stage, gathered to tp rank 0 and handed out one after the other.
 
-    Its memory beside the parameters: two buffers of the largest bucket on tp rank 0; on the others at most the parts
-    of one bucket that have to be rearranged or cast before they are sent.
+    Its memory beside the parameters: two buffers, of the largest buckets that each takes in turn, on tp rank 0; on the
+    others at most the parts of one bucket that have to be rearranged or cast before they are sent.
 
     Args:
         model: GPTModel of the stage, plain or wrapped.
@@ -164,8 +191,8 @@ class BucketStream:
         self._parameters = {name: held[name].detach() for name in table}
         dtypes = [dtype or held[name].dtype for name in table]
         self.plans = plan_buckets(list(table.values()), dtypes, bucket_bytes=bucket_bytes, tp=self.tp)
-        size = max(p.num_bytes + p.work_bytes for p in self.plans)
-        self.buffers = [allocate(size) for _ in range(min(2, len(self.plans)))] if self.sends else []
+        sizes = [max(p.num_bytes + p.work_bytes for p in own) for own in (self.plans[::2], self.plans[1::2]) if own]
+        self.buffers = [allocate(size) for size in sizes] if self.sends else []
 
     @property
     def sends(self) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.weight_sync.checksum import Checksums, Sample, compare
@@ -24,9 +23,7 @@ from asyppo_megatron.weight_sync.engines import (
     wait_until_flushed,
 )
 from asyppo_megatron.weight_sync.ipc import Neighbour
-
-if TYPE_CHECKING:
-    from asyppo_megatron.weight_sync.push import SyncOptions
+from asyppo_megatron.weight_sync.orders import SyncOptions
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ class FixedSource:
     def __init__(self, batch: PackedBatch, before: Callable[[int], None] | None = None):
         self.batch, self.before = batch, before
 
-    def next_batch(self, step: int) -> PackedBatch:
+    def next_batch(self, step: int, push: Callable[[], None]) -> PackedBatch:
         if self.before is not None:
             self.before(step)
         return replace(self.batch, step=step, policy_version=step)

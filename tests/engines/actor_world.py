@@ -28,6 +28,7 @@ class Rank:
     config: Any
     store: Any
     syncs: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, list[Any]] = field(default_factory=dict)  # of each sync's last push
 
 
 class ActorWorld:
@@ -122,12 +123,14 @@ def load(rank: Rank, directory: Path) -> None:
 
 def push(rank: Rank, name: str, targets: list[Any], version: int, options: dict[str, Any]) -> dict[str, Any]:
     """Push a version; syncs are kept by name."""
-    from asyppo_megatron.weight_sync.push import EngineSync, SyncOptions
+    from asyppo_megatron.weight_sync.orders import SyncOptions
+    from asyppo_megatron.weight_sync.push import EngineSync
 
+    rank.targets[name] = targets
     if name not in rank.syncs:
         rank.syncs[name] = EngineSync(
-            rank.groups, rank.spec, rank.store, torch.device("cpu"), SyncOptions(**options), targets=lambda _: targets,
-            name=name,
+            rank.groups, rank.spec, rank.store, torch.device("cpu"), SyncOptions(**options),
+            targets=lambda _: rank.targets[name], name=name,
         )  # fmt: skip
     return rank.syncs[name].push(rank.model, version)
 
@@ -142,7 +145,7 @@ def wake(rank: Rank, name: str) -> None:
 
 def corrupt_next_bucket(rank: Rank, name: str) -> None:
     """From now on the first stage flips one bit of every bucket where it leaves the sender."""
-    sender = rank.syncs[name].collective
+    sender = rank.syncs[name].sender.collective
     if sender is None or sender.stage:
         return
     send = sender.send
@@ -202,7 +205,7 @@ def kill_before_bucket(rank: Rank, name: str, pids: list[int]) -> None:
     """The first stage kills these processes just before it sends its second bucket."""
     import signal
 
-    sender = rank.syncs[name].collective
+    sender = rank.syncs[name].sender.collective
     if sender is None or sender.stage:
         return
     send, count = sender.send, 0

@@ -15,21 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from engine_servers import START_S, engine_config, engine_environment
+from engine_servers import START_S, engine_environment
 
-from asyppo_megatron.config import dump_config
 from asyppo_megatron.launch.keeper import descendants
 from asyppo_megatron.rollout.agents import AgentClient, AgentError, address_path, read_address
 
 GONE_S = 60.0
-
-
-def write_config(model: Path, run_dir: Path, **sglang: Any) -> Path:
-    """The file of a run in `run_dir` whose engines have `model`."""
-    path = run_dir / "run.yaml"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_config(engine_config(model, run_dir, **sglang)))
-    return path
 
 
 @dataclass
@@ -59,14 +50,14 @@ class AgentProcess:
 
 
 def start_agent(config: Path) -> AgentProcess:
-    """Start `asyppo serve`; returns when it answers."""
-    path = address_path(config.parent)
+    """Start `asyppo serve` with the configuration of a run (`write_run`); returns when it answers."""
+    path, said = address_path(config.with_suffix("")), config.with_suffix(".agent.log")
     command = [sys.executable, "-m", "asyppo_megatron", "serve", str(config)]
-    with (config.parent / "agent.log").open("ab") as log:
+    with said.open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=engine_environment())
 
     def client() -> AgentClient | None:
-        assert process.poll() is None, (config.parent / "agent.log").read_text()
+        assert process.poll() is None, said.read_text()
         try:
             found = AgentClient(read_address(path).url)
             found.health()
@@ -80,13 +71,14 @@ def start_agent(config: Path) -> AgentProcess:
 def start_owner(config: Path) -> tuple[subprocess.Popen, dict[str, Any]]:
     """A run that holds an agent; returns it and what the agent says of itself."""
     command = [sys.executable, str(Path(__file__).parent / "agent_owner.py"), str(config)]
-    with (config.parent / "owner.log").open("ab") as log:
+    said = config.with_suffix(".owner.log")
+    with said.open("ab") as log:
         owner = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=engine_environment(), text=True
         )
     assert owner.stdout is not None
     line = owner.stdout.readline()
-    assert line, (config.parent / "owner.log").read_text()
+    assert line, said.read_text()
     return owner, json.loads(line)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,41 @@ def engine_environment(**more: str) -> dict[str, str]:
     return dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | more
 
 
-def engine_config(model: Path, run_dir: Path, **sglang: Any) -> Config:
-    """A run that generates with SGLang; `sglang`: keys of rollout.sglang beside the small sizes of tests."""
-    small = {"max_total_tokens": 8192, "context_length": 1024, "max_concurrency": 16, "mem_fraction": 0.5}
-    rollout = {"engine": "sglang", "max_prompt_tokens": 64, "max_response_tokens": 256, "sglang": small | sglang}
-    actor = {"model": str(model), "precision": "fp32"}
-    ppo = {"advantage": "grpo", "advantage_mask_fraction": 0, "entropy_mask_fraction": 0}
-    data = {"train": "unused.jsonl"}
-    return build_config({"run_dir": str(run_dir), "actor": actor, "ppo": ppo, "data": data, "rollout": rollout})
+def run_config(
+    model: Path, run_dir: Path, urls: Sequence[str] = (), *, sglang: Mapping[str, Any] | None = None, **rollout: Any
+) -> Config:
+    """A run of the tiny model, with engines of its own of the small sizes of tests, or through the servers of `urls`.
+
+    Args:
+        sglang: keys of rollout.sglang.
+        rollout: keys of rollout beside it.
+    """
+    small = {"max_total_tokens": 8192, "context_length": 1024, "mem_fraction": 0.5, "max_concurrency": 16}
+    if urls:  # one of them may fail: impatient, but not with a slow machine
+        small |= {"health_interval_s": 1.0, "health_timeout_s": 5.0, "patience_s": 120.0}
+    role = {"model": str(model), "precision": "fp32"}
+    tree = {
+        "run_dir": str(run_dir),
+        "num_steps": 3,
+        "actor": role,
+        "critics": [role, role],
+        "rollout": {
+            "engine": "sglang",
+            "prompts_per_step": 3,
+            "responses_per_prompt": 4,
+            "max_prompt_tokens": 16,
+            "max_response_tokens": 24,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "sglang": {"urls": list(urls), "kept_mass_every": 2, **small, **(sglang or {})},
+            **rollout,
+        },
+        "reward": {"kind": "exact", "answer_pattern": "([a-m])"},
+        "data": {"train": str(run_dir.with_suffix(".jsonl")), "chat_template": "none"},
+        "checkpoint": {"every": 1, "keep": 10, "export_hf": False},
+    }
+    return build_config(tree)
 
 
 @dataclass
@@ -79,7 +107,7 @@ def start_engine(model: Path, directory: Path, *, index: int = 0, wait: bool = T
         wait: until it is ready; else the caller does with `wait_until_ready`, having started others.
         sglang: keys of rollout.sglang, as `tp=2`.
     """
-    config = engine_config(model, directory, **sglang)
+    config = run_config(model, directory, sglang=sglang)
     port = free_port("127.0.0.1")
     command = engine_command(config, index, port, 0, engine_environment())
     process = EngineProcess(command, f"http://127.0.0.1:{port}", directory / f"engine-{index}.log")

@@ -18,11 +18,13 @@ class FaultyProxy:
         url: to use in place of the engine's.
         fault: what to do with the n-th generation (from 0); may be changed at any time.
         generations: asked for so far.
+        answers: status and body of what is not passed on, by path.
         delivered: replies with a whole response that were passed on, also to those who had hung up.
     """
 
     def __init__(self, engine_url: str, fault: Callable[[int], str] = lambda n: PASS):
         self.fault, self.generations, self.delivered = fault, 0, []
+        self.answers: dict[str, tuple[int, bytes]] = {}
         self._target = urlsplit(engine_url)
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -59,7 +61,7 @@ class FaultyProxy:
         if what == REFUSE:
             status, content = 500, b'{"error": "injected"}'
         else:
-            status, content = self._forward(request, body)
+            status, content = self.answers.get(request.path) or self._forward(request, body)
         if request.path == "/generate" and status == 200 and b'"type":"abort"' not in content:
             self.delivered.append(content)
         request.send_response(status)

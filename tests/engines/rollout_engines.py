@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from engine_servers import END
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from asyppo_megatron.config import Config, build_config
+from asyppo_megatron.config import Config
 from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.engine import Completion, GenerationRequest, write_weights_manifest
 from asyppo_megatron.rollout.sglang import SGLangEngine
@@ -34,36 +33,6 @@ def make_versions(model: Path, directory: Path, count: int) -> list[Path]:
         write_weights_manifest(target, version, ["model.safetensors"])
         versions.append(target)
     return versions
-
-
-def run_config(model: Path, run_dir: Path, urls: list[str], *, sglang: dict[str, Any] | None = None, **rollout: Any):
-    """A run of the tiny model through these servers, impatient enough for tests on a slow machine."""
-    data = run_dir.parent / f"{run_dir.name}.jsonl"
-    rows = [{"id": f"p{i}", "problem": chr(97 + i % 26) * (i % 5 + 1), "answer": "x"} for i in range(40)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    patience = {"health_interval_s": 1.0, "health_timeout_s": 5.0, "patience_s": 120.0, "kept_mass_every": 2}
-    tree = {
-        "run_dir": str(run_dir),
-        "num_steps": 3,
-        "actor": {"model": str(model), "precision": "fp32"},
-        "critics": [{"model": str(model), "precision": "fp32"}] * 2,
-        "rollout": {
-            "engine": "sglang",
-            "prompts_per_step": 3,
-            "responses_per_prompt": 4,
-            "max_prompt_tokens": 16,
-            "max_response_tokens": 24,
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "sglang": {"urls": urls, "max_concurrency": 16, **patience, **(sglang or {})},
-            **rollout,
-        },
-        "reward": {"kind": "exact", "answer_pattern": "([a-m])"},
-        "data": {"train": str(data), "chat_template": "none"},
-        "checkpoint": {"every": 1, "keep": 10, "export_hf": False},
-    }
-    return build_config(tree)
 
 
 def make_engine(config: Config) -> SGLangEngine:

@@ -19,8 +19,8 @@ from agent_processes import (
     start_agent,
     start_owner,
     wait_until,
-    write_config,
 )
+from engine_runs import write_run
 from engine_servers import START_S
 
 from asyppo_megatron.rollout.agents import AgentClient, AgentError, address_path, read_address
@@ -40,20 +40,19 @@ def no_agent_left(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def agent(engine_model: Path, tmp_path: Path) -> Iterator[AgentProcess]:
-    agent = start_agent(write_config(engine_model, tmp_path / "run", **PATIENT))
+    agent = start_agent(write_run(engine_model, tmp_path / "run", **PATIENT))
     yield agent
     end(agent.process)
 
 
 def test_a_killed_and_a_hung_engine_are_started_again_and_sigterm_leaves_nothing(agent: AgentProcess):
-    first = agent.wait_for(lambda row: row["state"] == "ready")
-    assert requests.get(first["url"] + "/model_info", timeout=60).status_code == 200
-
+    first = agent.wait_for(lambda row: len(row["pids"]) >= 1)
     os.kill(first["pids"][0], signal.SIGKILL)
     second = agent.wait_for(lambda row: row["incarnation"] != first["incarnation"] and row["state"] == "ready")
     assert second["incarnation"] > first["incarnation"]
     assert second["restarts"] >= 1
     assert_gone(first["pids"], first["url"])
+    assert requests.get(second["url"] + "/model_info", timeout=60).status_code == 200
 
     scheduler = next(pid for pid in second["pids"] if "scheduler" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(scheduler, signal.SIGSTOP)  # the HTTP server lives on, and says nothing
@@ -75,7 +74,7 @@ def test_an_agent_that_is_killed_leaves_no_process(agent: AgentProcess):
 
 def test_an_engine_that_cannot_start_is_given_up_with_its_reason_and_started_again_on_request(tmp_path: Path):
     few = PATIENT | {"max_restarts": 1}
-    agent = start_agent(write_config(tmp_path / "no-such-model", tmp_path / "run", **few))
+    agent = start_agent(write_run(tmp_path / "no-such-model", tmp_path / "run", **few))
     try:
         row = agent.wait_for(lambda row: row["state"] == "failed")
         for part in ("ended with", "given up after 1 restart", "max_restarts", row["log"], "no-such-model"):
@@ -92,7 +91,7 @@ def test_an_engine_that_cannot_start_is_given_up_with_its_reason_and_started_aga
 
 
 def test_the_next_start_of_a_crashed_run_takes_its_agent_up_and_a_finished_run_ends_it(engine_model, tmp_path):
-    config = write_config(engine_model, tmp_path / "run", **PATIENT)
+    config = write_run(engine_model, tmp_path / "run", **PATIENT)
     crashed, found = start_owner(config)
     engine = wait_until(AgentClient(found["url"]).engines, lambda rows: len(rows[0]["pids"]) > 0, START_S)[0]
     crashed.kill()
@@ -106,11 +105,11 @@ def test_the_next_start_of_a_crashed_run_takes_its_agent_up_and_a_finished_run_e
     again.communicate("finish\n", timeout=GONE_S)
     assert again.returncode == 0
     assert_gone([found["pid"], *engine["pids"]], found["url"], engine["url"])
-    assert not address_path(config.parent).exists()
+    assert not address_path(tmp_path / "run").exists()
 
 
 def test_an_agent_whose_run_does_not_come_back_ends_itself(engine_model: Path, tmp_path: Path):
-    crashed, found = start_owner(write_config(engine_model, tmp_path / "run", linger_s=1.0))
+    crashed, found = start_owner(write_run(engine_model, tmp_path / "run", linger_s=1.0))
     engine = wait_until(AgentClient(found["url"]).engines, lambda rows: len(rows[0]["pids"]) > 0, START_S)[0]
     crashed.kill()
     crashed.wait()
@@ -119,10 +118,10 @@ def test_an_agent_whose_run_does_not_come_back_ends_itself(engine_model: Path, t
 
 @pytest.mark.slow
 def test_a_run_configured_otherwise_does_not_take_the_old_engines(engine_model: Path, tmp_path: Path):
-    crashed, found = start_owner(write_config(engine_model, tmp_path / "run"))
+    crashed, found = start_owner(write_run(engine_model, tmp_path / "run"))
     crashed.kill()
     crashed.wait()
-    other, found_other = start_owner(write_config(engine_model, tmp_path / "run", context_length=512))
+    other, found_other = start_owner(write_run(engine_model, tmp_path / "run", context_length=512))
     assert found_other["pid"] != found["pid"]
     assert not is_alive(found["pid"])
     assert read_address(address_path(tmp_path / "run")).pid == found_other["pid"]
@@ -132,7 +131,7 @@ def test_a_run_configured_otherwise_does_not_take_the_old_engines(engine_model: 
 
 @pytest.mark.slow
 def test_colocated_engines_are_ready_before_the_run_begins_and_started_again_after_a_crash(engine_model, tmp_path):
-    config = write_config(engine_model, tmp_path / "run", placement="colocated", **PATIENT)
+    config = write_run(engine_model, tmp_path / "run", placement="colocated", **PATIENT)
     crashed, found = start_owner(config)
     (before,) = AgentClient(found["url"]).engines()
     assert before["state"] == "ready"

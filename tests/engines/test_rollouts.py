@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_servers import END, EngineServer, start_engine
+from engine_servers import END, EngineServer, run_config, start_engine
 from faulty_proxy import CUT, HANG, PASS, REFUSE, FaultyProxy
-from rollout_engines import make_engine, make_versions, reference_logits, reference_logprobs, requests, run_config
+from rollout_engines import make_engine, make_versions, reference_logits, reference_logprobs, requests
 
 from asyppo_megatron.rollout.sglang import SGLangEngine
 from asyppo_megatron.rollout.sglang_pool import EngineError

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import actor_world
 import pytest
+import requests
 import torch
 from actor_world import ActorWorld
 from engine_servers import EngineServer, start_engine, wait_until_ready
+from faulty_proxy import FaultyProxy
 from safetensors.torch import load_file, save_file
 
 from asyppo_megatron.weight_sync.engines import EngineTarget
@@ -60,7 +63,9 @@ def options(transport: str, directory: Path, **changes: Any) -> dict[str, Any]:
     return given | {"directory": directory} | changes
 
 
-def sync(world: ActorWorld, name: str, servers: list[EngineServer], version: int, given: dict[str, Any]) -> Any:
+def sync(
+    world: ActorWorld, name: str, servers: Sequence[EngineServer | FaultyProxy], version: int, given: dict[str, Any]
+) -> Any:
     """Push; what the ranks return, which is the same on all."""
     targets = [EngineTarget(s.url) for s in servers]
     first, *others = world.call(actor_world.push, name, targets, version, given)
@@ -147,29 +152,25 @@ def test_a_bucket_that_arrives_wrong_stops_the_run(
     restore(world, engine_server, versions)
 
 
-def test_requests_under_way_go_on_with_the_new_weights(
+def test_requests_under_way_go_on_with_the_new_weights_and_tell_whose_each_token_is(
     world: ActorWorld, engine_server: EngineServer, versions: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    import threading
-
-    answers: list[Any] = []
-
-    def generate() -> None:
-        answers.append(engine_server.generate(PROMPT, max_new_tokens=250, temperature=1.0, ignore_eos=True))
-
     given = options("collective", tmp_path, pause_mode="in_place", timeout_s=240.0)
     world.call(actor_world.load, versions(2))
     sync(world, "carry", [engine_server], 1, given)
-    thread = threading.Thread(target=generate)
-    thread.start()
-    while not engine_server.get("/server_info")["internal_states"][0].get("last_gen_throughput"):
-        if answers:
-            break
     world.call(actor_world.load, versions(3))
-    done = sync(world, "carry", [engine_server], 2, given)
-    thread.join(240)
-    assert isinstance(done, dict), done
-    assert len(answers[0]["output_ids"]) == 250
+    sampling = {"max_new_tokens": 900, "temperature": 1.0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "stream": True}
+    with requests.post(f"{engine_server.url}/generate", json=body, stream=True, timeout=240) as answer:
+        parts = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith(b"data: {"))
+        next(parts)  # from now on it is under way
+        done = sync(world, "carry", [engine_server], 2, given)
+        assert isinstance(done, dict), done
+        *_, last = parts
+    assert last["meta_info"]["completion_tokens"] == 900
+    spans = last["meta_info"]["weight_versions"]
+    assert [span["version"] for span in spans] == ["1", "2"], spans
+    assert [(span["start"], span["end"]) for span in spans] == [(0, spans[1]["start"]), (spans[1]["start"], 900)]
     restore(world, engine_server, versions)
 
 
@@ -204,14 +205,38 @@ def test_a_full_disk_is_said_and_leaves_the_last_version(
     world.call(actor_world.fill_disk, True)
     errors = world.call(actor_world.push, "full", [EngineTarget(engine_server.url)], 2, given)
     world.call(actor_world.fill_disk, False)
-    assert all("cannot write to" in str(e) and "Free space" in str(e) for e in errors), errors
-    assert any(str(errno.ENOSPC) in str(e) for e in errors)
+    what = f"weight sync of policy version 2: cannot write to {tmp_path}: "
+    assert all(what in str(e) and "Free space" in str(e) for e in errors), errors
+    assert any(f"{what}[Errno {errno.ENOSPC}] No space left on device" in str(e) for e in errors)
     assert [p.name for p in tmp_path.iterdir()] == ["v00000001"] and checksums(engine_server) == before
     engine_server.generate(PROMPT, max_new_tokens=2)
     restore(world, engine_server, versions)
 
 
-def test_an_engine_without_the_protocol_or_of_another_kind_is_refused(world: ActorWorld, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "status", "content", "message"),
+    [
+        ("/server_info", 200, {"version": "0.5.22"}, "got SGLang 0.5.22, need >= 0.5.23"),
+        ("/begin_weight_update", 404, {"detail": "Not Found"}, "got a server without begin_weight_update, need SGLang"),
+        ("/server_info", 200, {"version": "0.5.23", "pp_size": 2}, "got pp_size 2, need 1"),
+    ],
+)
+def test_an_engine_without_the_protocol_or_of_another_kind_is_refused(
+    world: ActorWorld, engine_server: EngineServer, tmp_path: Path, path: str, status: int, content: Any, message: str
+) -> None:
+    old = FaultyProxy(engine_server.url)
+    old.answers[path] = (status, json.dumps(content).encode())
+    try:
+        error = sync(world, f"refused{path}{message[:6]}", [old], 1, options("collective", tmp_path))
+    finally:
+        old.close()
+        engine_server.post("/continue_generation")
+    assert isinstance(error, Exception) and f"engine {old.url}: {message}" in str(error)
+    if "pp_size" not in message:
+        assert "upgrade it, or set weight_sync.transport=disk" in str(error)
+
+
+def test_no_engine_at_all_is_said(world: ActorWorld, tmp_path: Path) -> None:
     error = sync(world, "none", [], 1, options("collective", tmp_path, timeout_s=0.5))
     assert "no engine to send weights to: none is configured" in str(error)
 
@@ -265,8 +290,8 @@ def test_engines_beside_the_actor_and_others_in_one_push(
         assert isinstance(done, dict), done
         for server in (engine_server, other):
             assert checksums(server) == expected_checksums(versions(2))
-        assert "/update_weights_from_tensor" in engine_server.log.read_text()
-        assert "/update_weights_from_tensor" not in other.log.read_text()
+        joined = [" group_name=mixed-" in server.log.read_text() for server in (engine_server, other)]
+        assert joined == [False, True], "only the engine that is not beside the actor is in a group with it"
     finally:
         other.close()
     restore(world, engine_server, versions)

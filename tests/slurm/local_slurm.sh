@@ -35,6 +35,7 @@ write_conf() {
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=${ports[0]}
+FirstJobId=$((1 + RANDOM % 9000)) # a job's port follows from its number: others' jobs on this machine have others
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -74,11 +75,9 @@ C
   echo "Name=gpu File=$dir/run/gpu[0-$((gpus - 1))]" > "$dir/gres.conf"
 }
 
-name_nodes() { # job scripts resolve the names of nodes
+name_nodes() { # job scripts resolve the names of nodes; another Slurm here has lines of its own
   local i
-  for i in $(seq "$1"); do
-    getent hosts "node$i" > /dev/null || echo "127.0.0.1 node$i # local_slurm" >> /etc/hosts
-  done
+  for i in $(seq "$1"); do echo "127.0.0.1 node$i # local_slurm $dir" >> /etc/hosts; done
 }
 
 start_munge() {
@@ -122,7 +121,7 @@ stop() {
     ! running "$file" || kill -9 "$(cat "$file")"
   done
   local kept
-  kept=$(grep -v '# local_slurm$' /etc/hosts) && printf '%s\n' "$kept" > /etc/hosts  # it may be a mount: no rename
+  kept=$(grep -vF "# local_slurm $dir" /etc/hosts) && printf '%s\n' "$kept" > /etc/hosts  # it may be a mount: no rename
 }
 
 case $command in
