@@ -11,7 +11,7 @@ over the steps after the first three but the last, beside which nothing is gener
     step 0, 1    seconds of a step at staleness 0 and 1
 
 The bar, step 1 <= 1.15 x max(generation, training), holds where the two lie within a factor of 1.5; overrides can bring
-them there (rollout.responses_per_prompt for both, actor.epochs for training alone).
+them there (rollout.max_batch for generation alone, actor.epochs for training alone).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ LAYOUT = [
     "actor.ranks=0",
     "actor.layout.tp=1",
     "critics.*.ranks=0",
+    "rollout.max_batch=16",  # a batch in eight parts, one after the other: generation takes about as long as training
     "eval.every=0",
     "checkpoint.every=0",
     "checkpoint.at_end=false",

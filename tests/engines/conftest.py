@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine_runs import Runs
 from engine_servers import EngineServer, make_tiny_model, start_engine
+
+from asyppo_megatron.rollout.agents import AgentClient, AgentError, address_path, read_address
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,3 +33,13 @@ def engine_server(engine_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     server = start_engine(engine_model, tmp_path_factory.mktemp("engine-server"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def own_runs(engine_model: Path, tmp_path: Path) -> Iterator[Runs]:
+    """Runs that start their engines themselves, in `tmp_path / "run"`; the agent there ends with the test."""
+    runs = Runs(engine_model)
+    yield runs
+    runs.close()
+    with contextlib.suppress(AgentError):
+        AgentClient(read_address(address_path(tmp_path / "run")).url).shutdown()
