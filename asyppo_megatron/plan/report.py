@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,30 +125,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def describe(plan: Plan, gpu_name: str) -> str:
     """One plan in words and tables."""
     gpu = ACCELERATORS[gpu_name]
-    rows = [
-        [
-            "role, stage (GB a rank)",
-            "ranks",
-            "weights",
-            "gradients",
-            "optimizer",
-            "activations",
-            "logits",
-            "step",
-            "peak",
-        ]
-    ]
-    seen = set()
-    for rank in plan.ranks:
-        for r in rank.roles:
-            if (r.role, r.stage) in seen:
-                continue
-            seen.add((r.role, r.stage))
-            count = sum((x.role, x.stage) == (r.role, r.stage) for other in plan.ranks for x in other.roles)
-            s = r.state
-            parts = (s.parameters, s.gradients, s.optimizer, r.activations, r.logits, r.step, r.total)
-            rows.append([f"{r.role}, {r.stage}", str(count), *map(_gb, parts)])
-    text = [f"{plan.name} on {gpu_name} ({gpu.memory / 1e9:.0f} GB)", "", _table(rows), ""]
+    text = [f"{plan.name} on {gpu_name} ({gpu.memory / 1e9:.0f} GB)", "", _table(_memory_rows(plan)), ""]
     text.append(f"peak of a training rank: {_gb(plan.peak)} GB; of all {len(plan.ranks)}: {_gb(plan.total)} GB")
     if plan.engine is not None:
         e = plan.engine
@@ -170,6 +148,19 @@ def describe(plan: Plan, gpu_name: str) -> str:
     )
     text += ["", "fits" if not plan.misfits else "does NOT fit:\n" + "\n".join(f"  - {m}" for m in plan.misfits)]
     return "\n".join(text)
+
+
+def _memory_rows(plan: Plan) -> list[list[str]]:
+    """A row a role and stage, in the order of the ranks."""
+    found = [(f"{r.role}, {r.stage}", r) for rank in plan.ranks for r in rank.roles]
+    counts = Counter(name for name, _ in found)
+    header = "role, stage (GB a rank)|ranks|weights|gradients|optimizer|activations|logits|step|peak"
+    rows = [header.split("|")]
+    for name, r in dict(found).items():
+        s = r.state
+        parts = (s.parameters, s.gradients, s.optimizer, r.activations, r.logits, r.step, r.total)
+        rows.append([name, str(counts[name]), *map(_gb, parts)])
+    return rows
 
 
 def _layout_lines(plan: Plan) -> list[str]:

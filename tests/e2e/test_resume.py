@@ -134,7 +134,7 @@ def test_a_rank_that_hangs_ends_the_run_by_name_with_the_stacks_of_the_others(fi
     stop(command, "rank-00001", signal.SIGSTOP)
     assert command.wait() == 1
     assert re.fullmatch(
-        r"error: step [3-6]: no progress for \d+ s; rank 1 \(actor; process \d+\) is stopped by a signal in \w+; "
+        r"error: step [2-6]: no progress for \d+ s; rank 1 \(actor; process \d+\) is stopped by a signal in \w+; "
         r"waiting for it: rank 0 in .*; stacks of the ranks that answer \(0, 2, 3\) are in their logs; logs of .*",
         command.err.splitlines()[-1],
     ), command.err

@@ -1,4 +1,4 @@
-"""A job that generates with SGLang starts the node agents as a step of its own, where ranks leave nodes over."""
+"""A job that generates with SGLang starts node agents as a step of their own: beside the actor, or on free nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ STAND_IN = ROOT / "tests" / "engines" / "stand_in"  # SGLang's kernels for a CPU
 
 @pytest.mark.slow
 @pytest.mark.sglang
-def test_ranks_on_one_node_train_on_what_engines_of_another_generate(slurm: Slurm, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(("placement", "ranks", "node", "other"), [("separate", 4, 2, 1), ("colocated", 2, 1, 2)])
+def test_ranks_train_on_what_engines_of_the_right_node_generate(
+    slurm: Slurm, tmp_path: Path, monkeypatch, placement: str, ranks: int, node: int, other: int
+):
     torch.manual_seed(0)
     Qwen3ForCausalLM(prepare.critic_config()).save_pretrained(tmp_path / "model")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
@@ -31,12 +34,12 @@ def test_ranks_on_one_node_train_on_what_engines_of_another_generate(slurm: Slur
         "eval.every=0",
         "checkpoint.export_hf=false",
         "rollout.engine=sglang",
-        "rollout.sglang={max_total_tokens: 8192, max_concurrency: 16, mem_fraction: 0.5}",
+        f"rollout.sglang={{placement: {placement}, max_total_tokens: 8192, max_concurrency: 16, mem_fraction: 0.5}}",
         limit_s=1800.0,
     )
     assert job.wait() == "COMPLETED", job.log
-    assert "4 ranks on node[1-2], 4 a node, engine sglang" in job.log
-    assert "agent: http://node2:" in job.log
+    assert f"4 ranks on node[1-2], {ranks} a node, engine sglang" in job.log
+    assert f"agent: http://node{node}:" in job.log and f"agent: http://node{other}:" not in job.log
     rows = steps(job.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["rollout/engines"] == 1 for row in rows)
