@@ -11,39 +11,26 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from asyppo_megatron.backend import peak_memory_gb
 from asyppo_megatron.config import Config, RolloutConfig
 from asyppo_megatron.models.spec import ModelSpec
 from asyppo_megatron.rewards import build_rewards
 from asyppo_megatron.rollout import journal
-from asyppo_megatron.rollout.buffer import Group, GroupBuffer
+from asyppo_megatron.rollout.buffer import Group
 from asyppo_megatron.rollout.discovery import EngineFinder
 from asyppo_megatron.rollout.embedded import EmbeddedEngine
 from asyppo_megatron.rollout.engine import Engine
 from asyppo_megatron.rollout.evaluate import EvalResult, check_set_name, evaluate_set, write_rows
-from asyppo_megatron.rollout.filtering import FilterCounts, count_groups, filter_statistics
-from asyppo_megatron.rollout.generation import (
-    group_requests,
-    penalised,
-    sample_rows,
-    staleness_statistics,
-    step_statistics,
-    step_trajectories,
-)
-from asyppo_megatron.rollout.problems import build_eval_problems, build_prompts, build_train_problems
-from asyppo_megatron.rollout.replay import StepIdentity
-from asyppo_megatron.rollout.reward_statistics import passes_and_tries
-from asyppo_megatron.rollout.scoring import ScoredResponses, Scorer
+from asyppo_megatron.rollout.generation import group_requests
+from asyppo_megatron.rollout.line import BatchLine
+from asyppo_megatron.rollout.problems import build_eval_problems, build_train_problems
+from asyppo_megatron.rollout.scoring import Scorer
 from asyppo_megatron.rollout.tokenizer import find_stop_tokens, load_tokenizer
-from asyppo_megatron.types import Trajectory, pack_trajectories
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +74,7 @@ class RolloutDriver:
         self._tokenizer = load_tokenizer(config.data.tokenizer or config.actor.model)
         self._stops = find_stop_tokens(self._tokenizer, config.actor.model, config.rollout.stop_token_ids)
         self._problems = build_train_problems(config, self._tokenizer)
-        self._cursor = build_prompts(config, self._problems)
+        self._line = BatchLine(config, run_dir, self._problems, self._stops, engine_device())
         self._eval_sets = {item.name: build_eval_problems(config, self._tokenizer, item) for item in config.data.eval}
         rewards = build_rewards(config, self._tokenizer)  # their processes import while the engine is built
         self._engine = build_engine(config)
@@ -96,13 +83,8 @@ class RolloutDriver:
         self._threads = ThreadPoolExecutor(
             _wave_threads(config.rollout), thread_name_prefix="generate", initializer=limit_threads
         )
-        self._identity = StepIdentity(config, self._stops)
-        self._buffer = GroupBuffer(config.rollout.prompts_per_step, config.rollout.max_staleness, config.num_steps)
         self._changed = threading.Condition(threading.RLock())
         self._wanted: int | None = None  # the step that was started last
-        self._next: int | None = None  # the step whose batch leaves the buffer next; None: the one that is started
-        self._filtered = FilterCounts()  # since the run began
-        self._state = self._whole_state()  # after the last batch that left
         self._waves = 0  # under way
         self._wave_count = 0
         self._failure: str | None = None
@@ -115,26 +97,16 @@ class RolloutDriver:
             "num_skipped": sum(p.skipped for p in self._problems.values()),
             "stop_token_ids": list(self._stops),
             "protections": self._protections,
-            "rollout_state": self._state,
+            "rollout_state": self._line.state,
         }
 
     def restore(self, rollout_state: dict[str, Any]) -> dict[str, Any]:
         """Continue the dataset where a checkpoint left it."""
         with self._changed:
             self._require_idle("restore")
-            self._restore(rollout_state)
-            self._buffer.clear()
-            self._next = None
+            self._line.restore(rollout_state)
+            self._line.next = None
         return {}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._cursor.restore(state)
-        self._filtered = FilterCounts(**state.get("filtered", {}))
-        self._state = self._whole_state()
-
-    def _whole_state(self) -> dict[str, Any]:
-        """All that later batches depend on, or go on counting from."""
-        return self._cursor.state() | self._cursor.results() | {"filtered": asdict(self._filtered)}
 
     def load_weights(self, path: str, policy_version: int) -> dict[str, Any]:
         """New weights; responses under way in asynchronous mode go on with them."""
@@ -177,10 +149,10 @@ class RolloutDriver:
                 self._require_idle("start")
             if not self._waves:  # what failed before is tried again
                 self._failure = None
-            if self._next is None or not self._config.rollout.max_staleness:
-                self._next = step
-            self._replay(step, policy_version)
-            if self._buffer.missing(self._next, step) and self._engine.policy_version != policy_version:
+            if self._line.next is None or not self._config.rollout.max_staleness:
+                self._line.next = step
+            self._line.replay(step, policy_version)
+            if self._line.missing(step) and self._engine.policy_version != policy_version:
                 raise ValueError(
                     f"start of step {step}: got policy_version {policy_version}, but the engine has "
                     f"{self._engine.policy_version}; load these weights first"
@@ -188,7 +160,7 @@ class RolloutDriver:
             self._wanted = step
             self._engine.resume()
             self._fill()
-            return {"replayed": self._next > step}
+            return {"replayed": self._line.next > step}
 
     def wait(self, step: int, timeout_s: float) -> dict[str, Any]:
         """Whether the step is in the journal, after at most `timeout_s`; with `error` when it never will be.
@@ -196,10 +168,10 @@ class RolloutDriver:
         Otherwise also whether engines wait for the current weights to be brought once more.
         """
         with self._changed:
-            if step != self._wanted or self._next is None:
+            if step != self._wanted or self._line.next is None:
                 raise ValueError(f"wait: got step {step}, but step {self._wanted} was started")
-            self._changed.wait_for(lambda: self._next > step or self._failure is not None, timeout_s)
-            if self._next > step:
+            self._changed.wait_for(lambda: self._line.next > step or self._failure is not None, timeout_s)
+            if self._line.next > step:
                 return {"ready": True}
             if self._failure is not None:
                 return {"ready": False, "error": f"rollouts of step {step}: {self._failure}"}
@@ -223,88 +195,22 @@ class RolloutDriver:
         if self._waves:
             raise RuntimeError(f"{command}: rollouts of step {self._wanted} are under way; wait for them first")
 
-    # --- the line of prompts; under the lock
-
-    def _replay(self, wanted: int, policy_version: int) -> None:
-        """Take complete steps from the journal, as long as nothing is in line before them."""
-        assert self._next is not None
-        while self._next <= wanted + self._config.rollout.max_staleness and not len(self._buffer):
-            manifest = self._identity.find(self._run_dir, self._next, policy_version, self._state)
-            if manifest is None:
-                return
-            self._restore(manifest["rollout_state_after"])
-            self._next += 1
-
     def _fill(self) -> None:
-        """Begin to generate as many groups as the bound on staleness allows, a batch at a time."""
-        assert self._wanted is not None and self._next is not None
-        size = self._config.rollout.prompts_per_step
-        missing = self._buffer.missing(self._next, self._wanted)
+        """Begin to generate as many groups as the bound on staleness allows, a batch at a time; under the lock."""
+        assert self._wanted is not None
+        missing = self._line.missing(self._wanted)
         while missing:
-            groups = [self._take_group() for _ in range(min(missing, size))]
+            groups = self._line.take(min(missing, self._config.rollout.prompts_per_step))
             missing -= len(groups)
-            self._buffer.add(groups)
             self._waves += 1
             self._wave_count += 1
             self._threads.submit(self._generate, self._wave_count, groups)
 
-    def _take_group(self) -> Group:
-        position = self._cursor.state()["consumed"]
-        (problem,) = self._cursor.take(1)
-        return Group(position, problem, self._cursor.state())
-
-    def _accept(self, groups: Sequence[Group], scores: ScoredResponses, wave: int) -> None:
-        """The one place where finished groups enter the line of batches."""
-        size = self._config.rollout.responses_per_prompt
-        for number, group in enumerate(groups):
-            group.wave, group.generate_s, group.verify_s = wave, scores.generate_s, scores.verify_s
-            group.responses = scores.responses[number * size : (number + 1) * size]
-        self._buffer.refuse(self._config.filtering)
-
     def _journal_batches(self) -> None:
-        """Write every batch that is complete."""
-        while (line := self._buffer.take_batch()) is not None:
-            step, groups = self._next, [g for g in line if g.kept]
-            trajectories = step_trajectories(groups)
-            # Refused groups too: what is known of a problem does not depend on whether it is trained on.
-            self._cursor.record([g.problem for g in line], *passes_and_tries([g.responses for g in line]))
-            statistics = step_statistics(trajectories, groups) | self._engine.statistics() | self._cursor.statistics()
-            trajectories, changes = self._filter(line, trajectories)
-            statistics |= changes
-            if self._config.rollout.max_staleness:
-                statistics |= staleness_statistics(trajectories, step)
-            after = line[-1].state_after | self._cursor.results() | {"filtered": asdict(self._filtered)}
-            journal.write_step(
-                self._run_dir,
-                pack_trajectories(trajectories, step),
-                {
-                    **self._identity.of(step, min(t.policy_version for t in trajectories), self._state),
-                    "rollout_state_after": after,
-                    "statistics": statistics,
-                    "memory_gb": peak_memory_gb(engine_device()),
-                    "problems": [g.problem.id for g in groups],
-                },
-                sample_rows(groups, trajectories, journal.SAMPLES_SHOWN),
-            )
-            log.info("step %d: %s", step, json.dumps(statistics))
-            self._state = after
-            self._next += 1
+        """Write every batch that is complete; under the lock."""
+        while (step := self._line.journal_batch(self._engine.statistics)) is not None:
             if self._config.rollout.partial and step == self._wanted:
                 self._engine.pause()  # before the ranks hear of the batch, and use the device
-
-    def _filter(
-        self, line: Sequence[Group], trajectories: list[Trajectory]
-    ) -> tuple[list[Trajectory], dict[str, float]]:
-        """Trajectories with the penalty on length, and what the filter and the dataset left out."""
-        config = self._config.filtering
-        trajectories, statistics = penalised(trajectories, self._config.rollout.max_response_tokens, config)
-        statistics["skipped_prompts"] = sum(p.skipped for p in self._problems.values())
-        if config.drop_equal_groups:
-            rounds = len({group.wave for group in line})
-            counts = count_groups([group.rewards for group in line], [group.kept for group in line], rounds)
-            self._filtered += counts
-            statistics |= filter_statistics(counts, self._filtered)
-        return trajectories, statistics
 
     # --- in threads of their own
 
@@ -316,18 +222,17 @@ class RolloutDriver:
             requests = group_requests(groups, config, self._stops, seed=self._config.seed)
             scores = self._scorer.run(requests, [groups[r.index // size].problem for r in requests])
             with self._changed:
-                self._accept(groups, scores, wave)
+                self._line.accept(groups, scores, wave)
                 self._journal_batches()
                 self._waves -= 1
                 if self._failure is None:
                     self._fill()  # where groups were refused
                 self._changed.notify_all()
         except Exception as e:  # whatever it is, the trainer must hear of it
-            log.exception("rollouts of step %d failed", self._next)
+            log.exception("rollouts of step %d failed", self._line.next)
             with self._changed:
                 self._waves -= 1
-                self._buffer.clear()
-                self._cursor.restore(self._state)
+                self._line.drop()
                 self._failure = describe_error(e)
                 self._changed.notify_all()
 

@@ -102,7 +102,7 @@ class SGLangEngine:
             path: a directory of these weights, for servers that come back before the next update.
 
         Raises:
-            EngineError: none has them.
+            EngineError: none is reachable; one that is and has other weights makes `needs_weights` true.
         """
         try:
             self._load(None, policy_version)

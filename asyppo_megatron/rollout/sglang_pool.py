@@ -139,6 +139,8 @@ class ServerPool:
     async def load(self, path: Path | None, version: int) -> None:
         """Give every server the weights of a directory, or none where another transport has brought them.
 
+        Where the only servers have lost the latter since, waiting would not bring them: `needs_weights` then says so.
+
         Raises:
             EngineError: no server could take them in time.
         """
@@ -147,7 +149,7 @@ class ServerPool:
         deadline = time.monotonic() + self._config.patience_s
         while True:
             await asyncio.gather(*(self._bring(s) for s in self._servers.values()))
-            if self.ready:
+            if self.ready or self.needs_weights:
                 await self._tell()
                 return
             if time.monotonic() > deadline:

@@ -23,6 +23,7 @@ from asyppo_megatron.types import PackedBatch
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
 _READY, _STOP, _PUSH = b"ready", b"stop", b"push"  # what rank 0 tells the others
+_MAX_PUSHES = 8  # of one version while a batch is waited for
 
 
 class DriverSource:
@@ -101,7 +102,7 @@ class DriverSource:
                 self._store.wait([key], timedelta(seconds=self._timeout_s))
                 word = self._store.get(key)
             else:
-                word = self._decide(step, deadline)
+                word = self._decide(step, deadline, number)
                 if word == _READY:
                     arrays, header = self._load(step)  # an error in it comes before the others wait in a collective
                 self._tell(step, key, word)
@@ -113,8 +114,8 @@ class DriverSource:
         with self._slot.during("batch", self._patience_s):
             return broadcast_batch(arrays, header, self._device)
 
-    def _decide(self, step: int, deadline: float) -> bytes:
-        """What all ranks do next, on rank 0, which waits until there is something to do."""
+    def _decide(self, step: int, deadline: float, pushes: int) -> bytes:
+        """What all ranks do next, on rank 0, which waits until there is something to do; `pushes` were done before."""
         assert self._handle is not None
         while not self._is_ready(step):
             if self._slot.stop_requested:
@@ -125,6 +126,10 @@ class DriverSource:
                     "driver's log, raise the limit if generation is merely slow"
                 )
             if self._handle.client.needs_weights:
+                if pushes == _MAX_PUSHES:
+                    raise RolloutError(
+                        f"rollouts of step {step}: engines lost the current weights {pushes} times; see their logs"
+                    )
                 logger.warning("step %d: an engine came back without the current weights; pushing them again", step)
                 return _PUSH
         return _READY
