@@ -32,7 +32,8 @@ def test_an_engine_killed_between_two_pushes_gets_the_weights_again_and_no_respo
     run_dir = tmp_path / "run"
     long = ["rollout.max_response_tokens=224", "checkpoint.every=0"]  # it is killed while it generates
     run = own_runs.start(run_dir, f"num_steps={STEPS}", "actor.ranks=0-1", "actor.layout.tp=2", *long, *settings)
-    log, version = run_dir / "logs" / "rank-00000.log", f"new_version='{STEPS - 1}'"
+    ahead = int("rollout.max_staleness=1" in settings)  # the last batch is begun a version earlier
+    log, version = run_dir / "logs" / "rank-00000.log", f"new_version='{STEPS - 1 - ahead}'"
 
     def generates() -> bool:
         """Whether the engine has begun the last batch; killed before, it would be lost to the push itself."""
@@ -46,11 +47,12 @@ def test_an_engine_killed_between_two_pushes_gets_the_weights_again_and_no_respo
         os.kill(pid, signal.SIGKILL)
     (after,) = wait_until(agent.engines, lambda rows: rows[0]["restarts"] and rows[0]["url"], LIMIT_S)
     assert run.wait(LIMIT_S) == 0, said(run_dir)
-    assert log.read_text().count("pushing them again") == 1
+    again = log.read_text().count("pushing them again")
+    assert again == 1 or (ahead and again == 0), "ahead, the next push may be the first to meet the new engine"
     rows = steps(run_dir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert sum(row["rollout/engines_lost"] for row in rows) == 1 and sum(row["rollout/reissued"] for row in rows)
     assert [m["statistics"]["reward_status"] for m in manifests(run_dir)[:STEPS]] == [{"ok": RESPONSES}] * STEPS
-    if "rollout.max_staleness=1" not in settings:  # there the mismatch holds the staleness too
+    if not ahead:  # there the mismatch holds the staleness too
         assert all(row["mismatch_max"] < 1e-4 for row in rows), "the engine did not have the actor's weights"
     assert_gone([*before["pids"], *after["pids"]], agent.url, before["url"], after["url"])
