@@ -60,8 +60,7 @@ from asyppo_megatron.observability.metrics import read_metrics
                 "actor.model: /nowhere/config.json: got No such file or directory, need a readable file; point at a "
                 "Hugging Face model directory",
                 "data.train: /none.jsonl does not exist",
-                "reward.answer_pattern: got '(', which is no regular expression: missing ), unterminated subpattern "
-                "at position 0",
+                "reward.answer_pattern: got '(', which is no regular expression: missing ) at position 1",
                 "data.tokenizer: /nowhere has no tokenizer.json or tokenizer_config.json",
             ],
         ),
