@@ -69,6 +69,7 @@ def test_critics_learn_alone_in_the_warm_up_and_the_policy_at_every_second_step_
     assert all(row["updates/critic_0"] == 1 for row in rows)
 
 
+@pytest.mark.slow  # three runs; the driver's part of it is in tests/unit/test_filtering.py
 def test_what_was_dropped_and_skipped_is_counted_on_after_a_resume(asyppo: Asyppo, tmp_path: Path):
     options = ["method=dapo", "eval.every=0", "rollout.responses_per_prompt=2", "actor.mini_batch_size=4"]
     whole = asyppo.train(tmp_path / "whole", *options, "num_steps=4")
